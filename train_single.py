@@ -1,0 +1,754 @@
+"""Train AlexCapsNet or ResCapsNet on one device, in float32.
+
+    python train_single.py --model alexcaps                  20 epochs of MNIST; offline: of digits
+    python train_single.py --model rescaps --epochs 3        a shorter run
+    python train_single.py --model alexcaps --dry-run        one batch through everything
+    python train_single.py --resume --run-dir runs/alexcaps-single         go on after any stop
+
+Writes config.json, metrics.csv, last.pt and best.pt to runs/<model>-single/, which evaluate.py reads.
+
+Four parts: one epoch and validation (the lesson) · the run folder and its checkpoints (skip it at
+first reading) · the command line and its checks · main. train_ddp.py adds devices and precision.
+"""
+
+import argparse
+import atexit
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm import tqdm
+
+from alexcaps import AlexCapsNet
+from capsules import capsule_lengths, margin_loss
+from data import DataError, DigitBatches, as_batch, epoch_seed, load, resolve_dataset
+from rescaps import ResCapsNet
+
+MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
+LOOK_EVERY = 50  # steps between two looks at the loss; each look makes the CPU wait for the device
+VALIDATION_BATCH = 500  # larger than in training: there are no gradients to keep in memory
+
+
+class UsageError(Exception):
+    """A mistake of the user's. The message is one line: what is wrong, what to do. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on (loss not finite, disk full). One line as well. Exit code 1."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. One epoch and validation
+# ------------------------------------------------------------------------------------------------
+
+
+class Totals:
+    """Sums of loss and hits over an epoch, left on the device and looked at every LOOK_EVERY steps.
+
+    Calling loss.item() in every step would make the CPU wait for the device in every step.
+    """
+
+    def __init__(self, epoch: int, bar: tqdm):
+        self.epoch, self.bar = epoch, bar
+        self.pending: list[Tensor] = []  # one tensor [3] per step: loss * images, hits, images
+        self.step, self.loss, self.hits, self.images = 0, 0.0, 0, 0
+
+    def add(self, loss: Tensor, lengths: Tensor, labels: Tensor) -> None:
+        """Note one step: its mean loss (a scalar), lengths [B, J] and labels [B]."""
+        hits = (lengths.argmax(dim=1) == labels).sum()
+        images = hits.new_tensor(len(labels))
+        self.pending.append(torch.stack([loss.detach() * images, hits, images]))
+        if len(self.pending) == LOOK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Bring the pending steps to the CPU, stop if a loss is not finite, show the bar."""
+        if self.pending:
+            steps = self.collect().tolist()  # CPU-GPU sync point
+            self.pending.clear()
+            for loss, hits, images in steps:
+                self.step += 1
+                if not math.isfinite(loss):
+                    raise RunFailed(
+                        f"the loss is {loss} in epoch {self.epoch}, step {self.step}: try a lower "
+                        "--lr; the checkpoints of the epochs before are kept"
+                    )
+                self.loss, self.hits = self.loss + loss, self.hits + int(hits)
+                self.images += int(images)
+            self.bar.set_postfix_str(f"loss {self.mean_loss:.4f}, accuracy {self.accuracy:.2f} %")
+            self.bar.update(self.images - self.bar.n)
+
+    def collect(self) -> Tensor:
+        """The pending steps as one tensor [steps, 3]."""
+        return torch.stack(self.pending)
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.images
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.hits / self.images
+
+
+def train_one_epoch(training: "Training", dataset: DigitBatches, config: dict) -> Totals:
+    """One pass over the training images, in the order and at the angles of (seed, epoch)."""
+    model, optimizer, epoch = training.model, training.optimizer, training.epoch + 1
+    dataset.set_epoch(config["seed"], epoch)
+    generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
+    sampler = RandomSampler(dataset, generator=generator)  # a new order in every epoch
+    loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
+    model.train()
+    with progress_bar(epoch, config["epochs"], len(dataset)) as bar:
+        totals = Totals(epoch, bar)
+        for images, labels in loader:  # [B, 1, side, side], [B]
+            lengths = capsule_lengths(model(images))  # [B, J, D] -> [B, J]
+            loss = margin_loss(lengths, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            totals.add(loss, lengths, labels)
+            if config["dry_run"]:
+                break
+        totals.look()
+    return totals
+
+
+@torch.no_grad()
+def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=False) -> Tensor:
+    """Sums over images, float64 [3]: loss, hits, images. `indices` picks a share of the images.
+
+    Sums instead of means, so that the shares of several processes can simply be added.
+    """
+    model.eval()
+    sampler = range(len(dataset)) if indices is None else indices
+    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=sampler, collate_fn=as_batch)
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
+    for images, labels in loader:
+        lengths = capsule_lengths(model(images))
+        hits = (lengths.argmax(dim=1) == labels).sum()
+        sums += torch.stack([margin_loss(lengths, labels) * len(labels), hits, hits * 0 + len(labels)])
+        if one_batch:
+            break
+    return sums
+
+
+def progress_bar(epoch: int, epochs: int, images: int, hidden: bool = False) -> tqdm:
+    """A bar that counts images; not drawn where stderr is no terminal, so that logs stay readable."""
+    return tqdm(
+        total=images,
+        desc=f"epoch {epoch}/{epochs}",
+        unit=" images",
+        leave=False,
+        disable=True if hidden else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The run folder and its checkpoints
+# ------------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = "capsnet-checkpoint-1"
+CHECKPOINT_TYPES = {
+    "model": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "scaler": (dict, type(None)),
+    "epoch": int,
+    "best": (dict, type(None)),
+    "history": list,
+    "config": dict,
+}
+COLUMNS = (
+    *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),  # accuracies in percent
+    *("lr", "seconds", "images_per_second", "peak_memory_mib"),  # of the training part of the epoch
+)
+
+
+@dataclass
+class Training:
+    """All that changes during a run, which is all that a checkpoint must hold."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None = None  # of mixed precision: train_ddp.py
+    epoch: int = 0  # epochs finished
+    best: dict | None = None  # epoch, val_accuracy and val_loss of best.pt
+    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
+
+    def state(self, config: dict) -> dict:
+        """Tensors and plain Python types only: anything else torch.load(weights_only=True) refuses."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+            "config": config,
+        }
+
+    def restore(self, checkpoint: dict, path: Path) -> None:
+        """Go back to the state of a checkpoint from load_checkpoint; UsageError if it does not fit."""
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in self.optimizer.state.items():
+                if state["exp_avg"].shape != parameter.shape:
+                    raise ValueError("a moment of Adam has another shape than its parameter")
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            if self.scaler:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(
+                f"{path} does not fit this run's model and optimizer: start again with --overwrite"
+            ) from None
+        self.epoch, self.best = checkpoint["epoch"], checkpoint["best"]
+        self.history = checkpoint["history"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write, flush, rename: at any moment `path` holds either its old or its new content, whole."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error.strerror}; its old content is kept") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """write_atomically for text."""
+    write_atomically(path, text.encode())
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save a checkpoint (Training.state) atomically; RunFailed where the disk refuses."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, config: dict) -> dict:
+    """The checkpoint at `path`, on the CPU; UsageError if it is missing, damaged or of another run."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        # weights_only: a pickle may run any code when it is loaded; this refuses all but tensors
+        # and plain types.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # noqa: BLE001 - a damaged file makes the reader fail in any way at all
+        raise UsageError(f"{path} is damaged or is no checkpoint: restore a copy of it") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UsageError(f"{path} is no checkpoint of this program")
+    for name, types in CHECKPOINT_TYPES.items():
+        if not isinstance(checkpoint.get(name), types):
+            raise UsageError(f"{path} is no whole checkpoint: {name} is missing or of a wrong type")
+    for name in RECIPE:
+        if checkpoint["config"].get(name) != config[name]:
+            raise UsageError(f"{path} is of another run than config.json beside it: {name} differs")
+    if [row.get("epoch") for row in checkpoint["history"]] != list(range(1, checkpoint["epoch"] + 1)):
+        raise UsageError(f"{path} is no whole checkpoint: its history does not fit its epoch")
+    return checkpoint
+
+
+def load_config(run_dir: Path) -> dict:
+    """config.json of a run folder; UsageError if there is none or it is damaged."""
+    path = Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{run_dir} holds no run: there is no {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{path} is damaged: it is no JSON") from None
+    for name in (*RECIPE, *FREE):
+        if not isinstance(config, dict) or name not in config:
+            raise UsageError(f"{path} is no run's config: {name} is missing")
+    if config["model"] not in MODELS or config["dataset"] not in ("mnist", "digits"):
+        raise UsageError(f"{path} names an unknown model or dataset")
+    return config
+
+
+def write_metrics(run_dir: Path, history: list[dict]) -> None:
+    """metrics.csv, written whole each time: a run that was killed leaves no row twice."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(run_dir / "metrics.csv", text.getvalue())
+
+
+def start_folder(run_dir: Path, training: Training, config: dict) -> None:
+    """Make the run folder as it stands before epoch 1, so that every later stop can be resumed."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (*RUN_FILES, "report.json"):
+            (run_dir / name).unlink(missing_ok=True)  # --overwrite: nothing of the old run stays
+    except OSError as error:
+        raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
+    save_checkpoint(run_dir / "last.pt", training.state(config))
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: dict) -> None:
+    """config.json: everything that one needs to know to do the run again."""
+    write_text(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def count_epoch(
+    training: Training, config: dict, totals: Totals, validated: list[float], seconds: float
+) -> None:
+    """Add the finished epoch to the history and lower the learning rate."""
+    training.epoch += 1
+    loss, hits, images = validated
+    if not math.isfinite(loss):
+        raise RunFailed(f"the validation loss is {loss} in epoch {training.epoch}: try a lower --lr")
+    on_gpu = config["device"].startswith("cuda")
+    row = {
+        "epoch": training.epoch,
+        "train_loss": round(totals.mean_loss, 6),
+        "train_accuracy": round(totals.accuracy, 3),
+        "val_loss": round(loss / images, 6),
+        "val_accuracy": round(100 * hits / images, 3),
+        "lr": training.optimizer.param_groups[0]["lr"],
+        "seconds": round(seconds, 2),
+        "images_per_second": round(totals.images / seconds, 1),
+        "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else "",
+    }
+    training.history.append(row)
+    training.scheduler.step()
+    if training.best is None or row["val_accuracy"] > training.best["val_accuracy"]:  # tie: earlier
+        training.best = {name: row[name] for name in ("epoch", "val_accuracy", "val_loss")}
+
+
+def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
+    """Save the epoch that count_epoch counted and print its line; best.pt comes before last.pt."""
+    state, row = training.state(config), training.history[-1]
+    if training.best["epoch"] == training.epoch:
+        save_checkpoint(run_dir / "best.pt", state)
+    save_checkpoint(run_dir / "last.pt", state)
+    write_metrics(run_dir, training.history)
+    print(
+        f"epoch {row['epoch']:2d}/{config['epochs']}  training {row['train_loss']:.4f} "
+        f"{row['train_accuracy']:6.2f} %  validation {row['val_loss']:.4f} "
+        f"{row['val_accuracy']:6.2f} %  lr {row['lr']:.2g}  {row['seconds']:.0f} s  "
+        f"{row['images_per_second']:,.0f} images/s",
+        flush=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The command line and its checks
+# ------------------------------------------------------------------------------------------------
+
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json")
+DEFAULTS = {
+    **{"dataset": "auto", "data_dir": "data", "epochs": 20, "batch_size": 32, "lr": 1e-3},
+    **{"routing_iterations": 3, "rotate": 10.0, "train_size": None, "seed": 0, "device": None},
+    **{"compile": False, "dry_run": False},
+}
+# What makes a run the run it is: --resume takes it from config.json and accepts no other value.
+RECIPE = (
+    *("script", "model", "dataset", "batch_size", "lr", "routing_iterations", "rotate"),
+    *("train_size", "seed", "dry_run", "world_size", "precision", "accumulation_steps", "sync_bn"),
+)
+FREE = ("epochs", "data_dir", "device", "compile")  # what may change when a run is resumed
+ALONE = {  # what train_ddp.py varies, as it is for this script
+    **{"script": "single", "world_size": 1, "precision": "fp32"},
+    **{"accumulation_steps": 1, "sync_bn": False},
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser that answers a mistake with one line instead of its usage text."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """A type for argparse: an int or float, finite and within low..high (above low if `above`)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            what = "a whole number" if kind is int else "a number"
+            limit = f"above {low}" if above else f"of {low} or more"
+            limit += f", at most {high:,}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+        return value
+
+    return parse
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that both training scripts have. A flag that was not given is not in the result."""
+    parser = OneLineParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    flag, d, count = parser.add_argument, DEFAULTS, number(int, 1)
+    flag("--model", choices=MODELS, help="which network; needed to start a run")
+    flag(
+        "--dataset",
+        choices=("auto", "mnist", "digits"),
+        help="auto: MNIST, or scikit-learn's digits where it cannot be had (default: auto)",
+    )
+    flag("--data-dir", help=f"folder with MNIST/raw, downloaded if absent (default: {d['data_dir']})")
+    flag("--epochs", type=count, help=f"passes over the data (default: {d['epochs']})")
+    flag("--batch-size", type=count, help=f"images per step and process (default: {d['batch_size']})")
+    flag(
+        "--lr",
+        type=number(float, 0, above=True),
+        help=f"learning rate of Adam, times 0.7 every 2 epochs (default: {d['lr']})",
+    )
+    flag("--routing-iterations", type=count, help=f"(default: {d['routing_iterations']})")
+    flag(
+        "--rotate",
+        type=number(float, 0, 180),
+        help=f"turn training images by up to this many degrees (default: {d['rotate']:g})",
+    )
+    flag("--train-size", type=count, help="train on the first N images, to try (default: all)")
+    flag("--seed", type=number(int, 0, 10**9), help=f"(default: {d['seed']})")
+    flag("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    flag(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile: a slow start, then faster steps (default: no)",
+    )
+    flag("--dry-run", action="store_true", help="one batch through everything; keeps no run folder")
+    flag("--run-dir", type=Path, help="(default: runs/<model>-<script>[-digits][-seedN])")
+    flag("--resume", action="store_true", help="go on with the run in the run folder")
+    flag("--overwrite", action="store_true", help="start anew where the run folder holds a run")
+    return parser
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or the best one there is; UsageError if it is missing."""
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name is None:
+        return best
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"{name!r} is no device: try cpu or cuda") from None
+    there = device.type in ("cpu", best.type) and (
+        device.type == "cpu" or (device.index or 0) < torch.accelerator.device_count()
+    )
+    if not there:
+        raise UsageError(f"this machine has no device {name}: choose --device {best}")
+    return device
+
+
+def plan_run(given: dict, defaults: dict, fixed: dict) -> tuple[dict, Path, bool]:
+    """Turn the flags given into (config, run folder, whether to resume). Checks; writes no run.
+
+    `fixed` is what no flag chooses: the script, the world size. MNIST may be downloaded here.
+    """
+    given = dict(given)
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    run_dir = given.pop("run_dir", None)
+    if resume:
+        if overwrite or given.get("dry_run"):
+            raise UsageError("--resume goes neither with --overwrite nor with --dry-run")
+        run_dir = run_dir or find_run({**given, **fixed})
+        return recorded_config(run_dir, {**given, **fixed}), run_dir, True
+    if "model" not in given:
+        raise UsageError(f"--model is missing: give one of {', '.join(MODELS)}")
+    config = {**defaults, **given, **fixed}
+    config["device"] = str(find_device(config["device"]))
+    if config["dry_run"]:
+        config["epochs"] = 1
+        run_dir = run_dir or throwaway_folder()
+    check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
+    name, reason = resolve_dataset(config["dataset"], config["data_dir"])
+    config |= {"dataset": name, "fallback_reason": reason}
+    run_dir = run_dir or default_folder(config, name)
+    check_folder(run_dir, overwrite)
+    return config, run_dir, False
+
+
+def default_folder(config: dict, dataset: str) -> Path:
+    """runs/<model>-<script>[-digits][-seedN]"""
+    digits = "-digits" if dataset == "digits" else ""
+    seed = f"-seed{config['seed']}" if config.get("seed") else ""
+    return Path("runs") / f"{config['model']}-{config['script']}{digits}{seed}"
+
+
+def throwaway_folder() -> Path:
+    """A folder for a dry run's files that goes when the process ends."""
+    folder = tempfile.mkdtemp(prefix="dry-run-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def check_folder(run_dir: Path, overwrite: bool) -> None:
+    """UsageError if the folder holds a run already, or can be no folder."""
+    if any((run_dir / name).exists() for name in RUN_FILES) and not overwrite:
+        raise UsageError(
+            f"{run_dir} holds a run already: go on with --resume, choose another --run-dir, or "
+            "replace it with --overwrite"
+        )
+    parent = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not parent.is_dir():
+        raise UsageError(f"cannot make the run folder {run_dir}: {parent} is a file")
+
+
+def find_run(given: dict) -> Path:
+    """The folder that --resume means without --run-dir."""
+    if "model" not in given:
+        raise UsageError("--resume needs --run-dir, or --model and the run's other flags")
+    choice = given.get("dataset", "auto")
+    names = ("mnist", "digits") if choice == "auto" else (choice,)
+    folders = [default_folder(given, name) for name in names]
+    found = [folder for folder in folders if (folder / "config.json").exists()]
+    if not found:
+        raise UsageError(f"nothing to resume: there is no run in {' or '.join(map(str, folders))}")
+    if len(found) > 1:
+        raise UsageError(f"both {found[0]} and {found[1]} hold a run: name one with --run-dir")
+    return found[0]
+
+
+def recorded_config(run_dir: Path, given: dict) -> dict:
+    """The config of the run to resume, with those flags changed that may change."""
+    config = load_config(run_dir)
+    if given.get("dataset") == "auto":
+        given = {name: value for name, value in given.items() if name != "dataset"}
+    for name in RECIPE:
+        if name in given and given[name] != config[name]:
+            flag = "the number of processes" if name == "world_size" else f"--{name.replace('_', '-')}"
+            if name == "script":
+                raise UsageError(f"{run_dir} was made by train_{config[name]}.py: resume it with that")
+            raise UsageError(
+                f"{flag} {given[name]} is not what {run_dir} was begun with ({config[name]}): "
+                "a resumed run keeps it"
+            )
+    config |= {name: given[name] for name in FREE if name in given}
+    config["device"] = str(find_device(config["device"]))
+    return config
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Main
+# ------------------------------------------------------------------------------------------------
+
+
+def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
+    """Training and validation images on the device; UsageError if --train-size asks for too many."""
+    model, name, data_dir = MODELS[config["model"]], config["dataset"], config["data_dir"]
+    images, labels = load(name, data_dir, "train")
+    size = config["train_size"] or len(labels)
+    if size > len(labels):
+        raise UsageError(f"--train-size {size} is more than the {len(labels):,} images of {name}")
+    train_set = DigitBatches(images[:size], labels[:size], model, device, config["rotate"])
+    return train_set, DigitBatches(*load(name, data_dir, "validation"), model, device)
+
+
+def build_model(config: dict) -> nn.Module:
+    """The network that a config names, newly initialised."""
+    return MODELS[config["model"]](config["routing_iterations"])
+
+
+def make_training(config: dict, device: torch.device) -> Training:
+    """Model, optimizer and learning rate schedule of the report's recipe, before the first epoch."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, several times faster
+    torch.manual_seed(config["seed"])
+    model = build_model(config).to(device)  # drawn on the CPU: the same start on every device
+    if config["compile"]:
+        # Keeps the names of the state (no "_orig_mod."). dynamic=False: one program for each batch
+        # size (32, the short last batch, validation) instead of a slower one for all sizes.
+        model.compile(dynamic=False)
+    else:
+        # [B, H, W, C] in memory, as oneDNN and cuDNN like it best: a fifth less time per step on a
+        # CPU. The compiler chooses layouts by itself.
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
+    return Training(model, optimizer, scheduler)
+
+
+def describe(config: dict, training: Training, datasets: tuple, device_count: int = 1) -> dict:
+    """The facts of a run that no flag says, for config.json."""
+    gpu = torch.device(config["device"]).type == "cuda"
+    return {
+        "effective_batch": config["batch_size"] * config["world_size"] * config["accumulation_steps"],
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "train_images": len(datasets[0]),
+        "validation_images": len(datasets[1]),
+        "device_name": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "device_count": device_count,  # different devices: ranks that share one count once
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),  # of each process
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "git_commit": git_commit(),
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this code, marked "+" if it was changed since; None outside of git."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+        answer = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def print_intro(config: dict, run_dir: Path, epoch: int) -> None:
+    """What is about to be trained, on what, and how."""
+    say_fallback(config)
+    print(
+        f"{MODELS[config['model']].__name__}: {config['parameters']:,} parameters, "
+        f"{config['routing_iterations']} routing iterations\n"
+        f"data: {config['dataset']}, {config['train_images']:,} training and "
+        f"{config['validation_images']:,} validation images, rotation up to {config['rotate']:g} deg\n"
+        f"effective batch size {config['effective_batch']} = {config['batch_size']} images x "
+        f"{config['world_size']} process(es) x {config['accumulation_steps']} accumulation step(s), "
+        f"learning rate {config['lr']:g}, times 0.7 every 2 epochs\n"
+        f"device: {config['device']} ({config['device_name']}), {config['threads']} threads, "
+        f"{config['precision']}{', compiled' if config['compile'] else ''}\n"
+        f"run folder: {run_dir}" + (f", resumed after epoch {epoch}" if epoch else ""),
+        flush=True,
+    )
+
+
+def print_outro(config: dict, run_dir: Path, training: Training) -> None:
+    """How the run ended and what to do next."""
+    if config["dry_run"]:
+        print("dry run: one batch went through training, validation and checkpoints")
+    else:
+        best = training.best
+        print(
+            f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}\n"
+            f"test it: python evaluate.py {shlex.quote(str(run_dir))}"
+        )
+    say_fallback(config)
+
+
+def say_fallback(config: dict) -> None:
+    """Two lines, at the start and at the end, where the digits stand in for MNIST."""
+    if config["fallback_reason"]:
+        print(f"NOTE: MNIST could not be had: {config['fallback_reason']}")
+        print("NOTE: these are scikit-learn's 1,797 digits of 8x8 pixels instead, not MNIST", flush=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception: like KeyboardInterrupt, it unwinds what is under way."""
+
+
+@contextmanager
+def resumable(run_dir: Path, launcher: str = "python train_single.py"):
+    """On Ctrl-C or SIGTERM say how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        where = shlex.quote(str(run_dir))
+        print(f"\nstopped; to go on: {launcher} --resume --run-dir {where}", file=sys.stderr)
+        raise
+
+
+def run_main(main) -> None:
+    """Call main; whatever ends it becomes one line and an exit code.
+
+    0 done, 1 the run failed, 2 wrong use, 130 Ctrl-C, 143 SIGTERM. A traceback means a bug.
+    """
+
+    def terminate(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except (UsageError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        print("failed: the GPU's memory is full: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Terminated:
+        sys.exit(143)
+
+
+def main() -> None:
+    given = vars(build_parser(__doc__).parse_args())
+    config, run_dir, resume = plan_run(given, DEFAULTS, ALONE)
+    device = torch.device(config["device"])
+    datasets = train_set, validation_set = make_datasets(config, device)
+    training = make_training(config, device)
+    if resume:
+        training.restore(load_checkpoint(run_dir / "last.pt", config), run_dir / "last.pt")
+    config |= describe(config, training, datasets)
+    with resumable(run_dir):
+        if resume:
+            write_config(run_dir, config)
+            write_metrics(run_dir, training.history)
+        else:
+            start_folder(run_dir, training, config)
+        print_intro(config, run_dir, training.epoch)
+        while training.epoch < config["epochs"]:
+            start = time.perf_counter()
+            totals = train_one_epoch(training, train_set, config)
+            seconds = time.perf_counter() - start
+            validated = validate(training.model, validation_set, one_batch=config["dry_run"])
+            count_epoch(training, config, totals, validated.tolist(), seconds)
+            save_epoch(run_dir, training, config)
+        print_outro(config, run_dir, training)
+
+
+if __name__ == "__main__":
+    run_main(main)
