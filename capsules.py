@@ -33,7 +33,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def squash(s: Tensor) -> Tensor:
-    """Shrink vectors to a length below 1, keep their direction. [..., D] -> [..., D]; [S17] eq. 1."""
+    """Shrink vectors to length below 1, keep their direction. [..., D] -> [..., D]; [S17] eq. 1."""
     s = at_least_float32(s)
     squared_norm = (s * s).sum(dim=-1, keepdim=True)  # [..., 1]
     #          |s|^2       s
@@ -56,20 +56,22 @@ def dynamic_routing(
     With return_couplings, also the coupling coefficients c of every iteration, each [B, J, N].
     Gradients flow through all iterations, and each image is routed alone: no sum below runs over B.
 
-    The layout [B, J, N, D] is what makes this fast: with the summed axis beside the last one, both
-    sums of the procedure are batched matrix products and no [B, J, N, D] product is ever stored.
+    The layout [B, J, N, D] is what makes this fast: both sums of the procedure go through memory in
+    order, and the one over i is a batched matrix product, which stores no [B, J, N, D] product.
     """
     votes = at_least_float32(votes)
-    B, J, N, D = votes.shape
-    # Iteration 1. The logits b_ij start at 0, so softmax gives each of the J digits the same 1/J and
-    # s_j is a plain sum: neither softmax nor matrix product is needed.
+    B, J, N = votes.shape[:3]
+    # Iteration 1. The logits b_ij start at 0, so softmax gives each of the J digits 1/J, and s_j is
+    # a plain sum: neither softmax nor matrix product is needed.
     #   c_ij = 1 / J        s_j = sum_i c_ij u^_j|i        v_j = squash(s_j)   [S17] procedure 1
     v = squash(votes.sum(dim=2) / J)  # [B, J, D]
     couplings = [votes.new_full((B, J, N), 1 / J)]
     b = votes.new_zeros(B, J, N)
     for _ in range(iterations - 1):
         #   b_ij = b_ij + u^_j|i . v_j                                         [S17] procedure 1
-        b = b + (votes @ v.unsqueeze(3)).squeeze(3)  # [B, J, N, D] @ [B, J, D, 1] -> [B, J, N]
+        # A scalar product over only D = 16 numbers: multiply and sum beats a matrix product here,
+        # above all going backward (layer at B = 32, N = 1152, 2 CPU cores: 21 ms instead of 28).
+        b = b + (votes * v.unsqueeze(2)).sum(dim=3)  # [B, J, N, D] * [B, J, 1, D] -> [B, J, N]
         #   c_ij = exp(b_ij) / sum_k exp(b_ik)                                 [S17] eq. 3
         c = b.softmax(dim=1)  # over the digits j: primary capsule i divides ITSELF among them
         #   s_j = sum_i c_ij u^_j|i                                            [S17] eq. 2
@@ -108,12 +110,12 @@ class DigitCapsules(nn.Module):
         # weight[i] holds W_i1 .. W_iJ side by side, so that one product makes all J votes of i.
         self.weight = nn.Parameter(torch.empty(n, i, j * d))
         # START ALIVE. In iteration 1, s_j is a sum of N votes over J, so
-        #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2         with |u| near 1 (PrimaryCapsules squashes)
-        # We want |s_j| = 1/3, for then |v_j| = (1/9) / (1 + 1/9) = 0.1 = m-, the margin of an absent
-        # digit: nine digits start at no loss and the true one pulls at full slope. Much smaller and
-        # the gradient, which shrinks with |s_j|, leaves training on a plateau at 10 %; much larger
-        # and nine wrong capsules must first be pushed down. Nothing to tune when N changes.
-        nn.init.normal_(self.weight, std=j / (3 * math.sqrt(d * n)))
+        #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2        with |u| near 1 (PrimaryCapsules squashes)
+        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, below m- = 0.1, the margin of
+        # an absent digit, for every image: nine digits start at no loss, the true one pulls at full
+        # slope. Much smaller, and the gradient, which shrinks with |s_j|, leaves training on a
+        # plateau at 10 %; larger, and nine wrong capsules must first be pushed down.
+        nn.init.normal_(self.weight, std=j / (5 * math.sqrt(d * n)))
 
     def forward(self, u: Tensor, return_couplings: bool = False):
         #   u^_j|i = W_ij u_i                                                  [S17] eq. 2
@@ -132,14 +134,20 @@ def initialise_convolutions(model: nn.Module) -> None:
 
     ReLU halves the second moment of its input; a variance of 2 / fan_in gives it back, layer after
     layer. PyTorch's default has a sixth of that variance: after AlexCapsNet's five convolutions the
-    capsules would start with lengths near 1e-4, where squash is flat. A convolution that feeds
-    capsules has no ReLU behind it; the same rule there makes them |s|^2 = 2 I, so |u| near 1.
+    capsules would start with lengths near 1e-4, where squash is flat.
+
+    The convolution of the primary capsules starts twice as wide: |u| is then near 1 as DigitCapsules
+    wants it, and Adam, whose steps do not grow with the weights, turns the capsules half as fast.
+    Accuracy over the first 100 steps (batch 32): AlexCapsNet 32 -> 35 % in the worst of four seeds,
+    ResCapsNet 74 -> 81 %.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        model.primary.conv.weight *= 2
 
 
 def margin_loss(

@@ -1,8 +1,8 @@
-"""MNIST (or scikit-learn's digits) as batches on the training device, with reproducible epochs.
+"""MNIST (or scikit-learn's digits) as batches on the training device, in reproducible epochs.
 
 Images stay on the device as uint8 (MNIST: 47 MB). A whole batch is turned into network input by one
-grid_sample: per image that costs a tenth of rotating and resizing it with PIL in a DataLoader worker.
-Everything random in epoch e is a function of (seed, e) alone, so a resumed run needs no saved random
+grid_sample: per image that costs a tenth of rotating and resizing it with PIL in a DataLoader.
+Everything random in epoch e is a function of (seed, e) alone: a resumed run needs no saved random
 state, and one process at batch 64 sees exactly the images that two processes at batch 32 see.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 VALIDATION_SIZE = {"mnist": 5000, "digits": 200}
-SPLIT_SEED = 20171026  # of the validation part: one split for every --seed, or runs could not be compared
+SPLIT_SEED = 20171026  # of the validation part, for every --seed: or runs could not be compared
 STALL_SECONDS = 15  # a download that brings no byte for this long is given up
 MNIST_FILES = {  # name: (size in bytes, magic number, items), from the IDX format's description
     "train-images-idx3-ubyte": (47_040_016, 2051, 60_000),
@@ -141,6 +141,8 @@ def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
             raise DataError(f"MNIST is no longer in {data_dir}: give its folder with --data-dir")
         mnist = torchvision.datasets.MNIST(str(data_dir), train=part != "test")
         images, labels = mnist.data, mnist.targets
+        if labels.max() > 9:
+            raise DataError(f"the labels in {data_dir} are damaged: delete MNIST/raw there")
     else:
         images, labels = _digits(test=part == "test")
     if part == "test":
@@ -152,7 +154,7 @@ def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _digits(test: bool) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits of 8x8 in 0..16 as uint8 28x28; a fixed stratified fifth is test."""
+    """scikit-learn's 1,797 digits of 8x8 in 0..16 as uint8 28x28; a fixed stratified test part."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
