@@ -111,8 +111,8 @@ class DigitCapsules(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, i, j * d))
         # START ALIVE. In iteration 1, s_j is a sum of N votes over J, so
         #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2        with |u| near 1 (PrimaryCapsules squashes)
-        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, below m- = 0.1, the margin of
-        # an absent digit, for every image: nine digits start at no loss, the true one pulls at full
+        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, for every image below m- = 0.1,
+        # the margin of an absent digit: nine digits start at no loss, the true one pulls at full
         # slope. Much smaller, and the gradient, which shrinks with |s_j|, leaves training on a
         # plateau at 10 %; larger, and nine wrong capsules must first be pushed down.
         nn.init.normal_(self.weight, std=j / (5 * math.sqrt(d * n)))
@@ -136,8 +136,9 @@ def initialise_convolutions(model: nn.Module) -> None:
     layer. PyTorch's default has a sixth of that variance: after AlexCapsNet's five convolutions the
     capsules would start with lengths near 1e-4, where squash is flat.
 
-    The convolution of the primary capsules starts twice as wide: |u| is then near 1 as DigitCapsules
-    wants it, and Adam, whose steps do not grow with the weights, turns the capsules half as fast.
+    The convolution of the primary capsules starts twice as wide: |u| is then near 1, as
+    DigitCapsules wants it, and Adam, whose steps do not grow with the weights, turns capsules half
+    as fast.
     Accuracy over the first 100 steps (batch 32): AlexCapsNet 32 -> 35 % in the worst of four seeds,
     ResCapsNet 74 -> 81 %.
     """

@@ -1,18 +1,21 @@
-"""Train on any number of processes, GPUs and machines, in mixed precision: train_single.py spread out.
+"""train_single.py on any number of processes, GPUs and machines, in mixed precision.
 
     torchrun --nproc_per_node=2 train_ddp.py --model rescaps      two processes on this machine
     python train_ddp.py --model alexcaps                          one process, no torchrun needed
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-        --rdzv-id=JOB train_ddp.py --model alexcaps               the same line on each of 2 machines
+        --rdzv-id=JOB train_ddp.py --model alexcaps               this line on each of two machines
 
 Read train_single.py first; what does not change is imported from it. Every line that distribution
 (# DDP:) or mixed precision (# AMP:) adds is marked, so that grep finds it:
 
-    # DDP:  the process group and its end on every way out · which device and how many threads a rank
-            takes · rank 0 decides, the others are told · each rank's share of the images · gradients
-            averaged over ranks · accumulation without communication · losses and hits summed over
-            ranks · BatchNorm's buffers of rank 0 for all · rank 0 alone writes and prints
-    # AMP:  autocast around the network · GradScaler around the step (float16 alone needs it)
+    # DDP:  the process group and its end on every way out
+            which device and how many threads a rank takes
+            rank 0 decides, writes and prints; the others are told
+            each rank's share of the images, in training and in validation
+            gradients averaged over ranks; none sent within an accumulation group
+            losses and hits summed over ranks; rank 0's BatchNorm buffers for all
+    # AMP:  autocast around the network
+            GradScaler around the step (float16 alone needs it)
 """
 
 import argparse
@@ -161,7 +164,7 @@ def process_group():
         if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            raise LostRank(f"rank {RANK} has lost another rank: see the first error above") from None
+            raise LostRank(f"rank {RANK} has lost another rank: see the first error") from None
         raise
     finally:
         dist.destroy_process_group()
@@ -226,7 +229,7 @@ def plan_together(parser: argparse.ArgumentParser) -> tuple[dict, Path, bool]:
 
 
 def launch_id() -> str:
-    """Names this call of torchrun, the same after its restarts: a restart resumes its own run only."""
+    """Names this call of torchrun, also after its restarts: a restart resumes only its own run."""
     given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return given if given != "none" else f"{socket.gethostname()}-{os.getppid()}"
 
@@ -288,7 +291,8 @@ def run(parser: argparse.ArgumentParser) -> None:
     agree(lambda: find_data_here(config))  # DDP:
     datasets = train_set, validation_set = agree(lambda: make_datasets(config, device))
     training = make_training(config, device)
-    training.scaler = torch.amp.GradScaler(device.type, enabled=config["precision"] == "fp16")  # AMP:
+    half = config["precision"] == "fp16"
+    training.scaler = torch.amp.GradScaler(device.type, enabled=half)  # AMP: float16 alone needs it
     last = run_dir / "last.pt"
     if resume:
         agree(lambda: training.restore(load_checkpoint(last, config), last))

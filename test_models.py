@@ -1,0 +1,935 @@
+"""Tests, on the CPU, in a few minutes:
+
+    python -m pytest -q test_models.py
+
+Formulas are held against float64 references written as plain loops; the scripts run as real
+processes, under torchrun too, on scikit-learn's digits, so that no network is needed.
+"""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DistributedSampler, RandomSampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import rotate
+
+import capsules
+import data
+import train_ddp
+import train_single
+from alexcaps import AlexCapsNet
+from rescaps import ResCapsNet
+
+HERE = Path(__file__).parent
+DIGITS = ("--dataset", "digits")
+SMALL = (*DIGITS, "--train-size", "96", "--batch-size", "16")  # 6 steps an epoch
+OFFLINE = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}  # a closed port
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    torch.manual_seed(0)
+
+
+def run_python(*arguments, **more):
+    """Run a script of the repository as a user does; returns the finished process."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=HERE, capture_output=True, text=True, timeout=240, check=False, **more
+    )
+
+
+def call(script, capsys, monkeypatch, *arguments):
+    """Run a script's main in this process: (exit code, what it printed, its error output)."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    code = 0
+    try:
+        train_single.run_main(script.main)
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture
+def single(capsys, monkeypatch):
+    """single("--model", ...) runs train_single in this process."""
+    monkeypatch.setattr(train_single, "keep_freed_memory", lambda: None)
+    return lambda *arguments: call(train_single, capsys, monkeypatch, *arguments)
+
+
+def assert_one_line(code, error, *words):
+    """A user's mistake: exit code 2, one line that starts with error: and holds the words."""
+    assert code == 2, error
+    lines = error.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), error
+    for word in words:
+        assert word in error, error
+
+
+def weights(run_dir, name="last.pt"):
+    return torch.load(Path(run_dir) / name, weights_only=True)["model"]
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------
+# Capsule maths against plain loops in float64
+# ------------------------------------------------------------------------------------------------
+
+
+def squash_reference(s):
+    norm = math.sqrt(sum(x * x for x in s))
+    return [norm**2 / (1 + norm**2) * x / norm for x in s]
+
+
+def routing_reference(votes, iterations):
+    """votes[j][i][d] of one image -> (v[j][d], couplings[iteration][j][i])."""
+    J, N, D = len(votes), len(votes[0]), len(votes[0][0])
+    b = [[0.0] * N for _ in range(J)]
+    history = []
+    for _ in range(iterations):
+        c = [[0.0] * N for _ in range(J)]
+        for i in range(N):
+            total = sum(math.exp(b[k][i]) for k in range(J))
+            for j in range(J):
+                c[j][i] = math.exp(b[j][i]) / total
+        history.append(c)
+        v = []
+        for j in range(J):
+            v.append(squash_reference(
+                [sum(c[j][i] * votes[j][i][d] for i in range(N)) for d in range(D)]
+            ))
+        for j in range(J):
+            for i in range(N):
+                b[j][i] += sum(votes[j][i][d] * v[j][d] for d in range(D))
+    return v, history
+
+
+def test_squash_equals_equation_1():
+    s = torch.randn(5, 7, dtype=torch.float64) * torch.logspace(-3, 3, 5).double().unsqueeze(1)
+    expected = torch.tensor([squash_reference(row) for row in s.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(capsules.squash(s), expected, rtol=1e-5, atol=1e-12)
+
+
+def test_zero_vector_has_finite_value_and_gradient():
+    for function in (capsules.squash, capsules.capsule_lengths):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            s = torch.zeros(2, 3, 8, dtype=dtype, requires_grad=True)
+            out = function(s)
+            out.sum().backward()
+            assert out.abs().max() < 1e-5
+            assert torch.isfinite(s.grad).all()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_routing_equals_procedure_1(iterations):
+    votes = torch.randn(2, 4, 6, 3, dtype=torch.float64)  # [B, J, N, D]
+    v, couplings = capsules.dynamic_routing(votes, iterations, return_couplings=True)
+    assert len(couplings) == iterations
+    for image in range(2):
+        expected_v, expected_c = routing_reference(votes[image].tolist(), iterations)
+        close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+        close(v[image], torch.tensor(expected_v).double())
+        for c, e in zip(couplings, expected_c, strict=True):
+            close(c[image], torch.tensor(e).double())
+
+
+def test_couplings_of_a_primary_capsule_sum_to_one_over_digits():
+    _, couplings = capsules.dynamic_routing(torch.randn(3, 10, 50, 16) * 3, 3, True)
+    for c in couplings:
+        torch.testing.assert_close(c.sum(dim=1), torch.ones(3, 50))
+    assert couplings[-1].sum(dim=2).std() > 0.1  # ... and over capsules they do not
+
+
+def test_margin_loss_equals_equation_4():
+    lengths, labels = torch.rand(6, 10, dtype=torch.float64), torch.arange(6)
+    total = 0.0
+    for row, label in zip(lengths.tolist(), labels.tolist(), strict=True):
+        for k, length in enumerate(row):
+            if k == label:
+                total += max(0.0, 0.9 - length) ** 2
+            else:
+                total += 0.5 * max(0.0, length - 0.1) ** 2
+    assert capsules.margin_loss(lengths, labels).item() == pytest.approx(total / 6, rel=1e-12)
+
+
+def test_gradients_of_the_real_code():
+    small = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 2])
+    assert torch.autograd.gradcheck(lambda v: capsules.dynamic_routing(v, 3), small)
+    assert torch.autograd.gradcheck(capsules.squash, small)
+    lengths = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: capsules.margin_loss(x, labels), lengths)
+    layer = capsules.DigitCapsules(n=6, i=4, j=3, d=5).double()
+    u = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda u, _: layer(u), (u, layer.weight))
+
+
+def test_votes_are_each_capsules_own_matrix_product():
+    layer = capsules.DigitCapsules(n=6, i=4, j=3, d=5, iterations=1).double()
+    u = torch.randn(2, 6, 4, dtype=torch.float64)
+    W = layer.weight.view(6, 4, 3, 5)
+    s = torch.zeros(2, 3, 5, dtype=torch.float64)
+    for i in range(6):
+        for j in range(3):
+            s[:, j] += u[:, i] @ W[i, :, j] / 3
+    torch.testing.assert_close(layer(u), capsules.squash(s))
+
+
+def test_a_primary_capsule_comes_from_one_place():
+    layer = capsules.PrimaryCapsules(2, types=3, dim=4, kernel_size=1)
+    x = torch.randn(1, 2, 5, 5)
+    changed = x.clone()
+    changed[0, :, 1, 2] += 1  # place 1 * 5 + 2 = 7: its 3 capsules must change, no others
+    different = (layer(x) != layer(changed)).any(dim=2).squeeze(0)  # [N]
+    assert different.nonzero().flatten().tolist() == [21, 22, 23]
+    expected = capsules.squash(layer.conv(x)[0, 4:8, 1, 2])  # type 1: channels 4 to 7
+    torch.testing.assert_close(layer(x)[0, 22], expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# The two networks
+# ------------------------------------------------------------------------------------------------
+
+MODELS = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "capsules_in"),
+    [(AlexCapsNet, 2_677_696, 128), (ResCapsNet, 2_022_240, 1296)],
+)
+def test_shapes_and_parameter_counts(network, parameters, capsules_in):
+    model, x = network(), torch.randn(2, 1, network.side, network.side)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    u = model.primary(model.features(x))
+    assert u.shape == (2, capsules_in, 8)
+    assert model(x).shape == (2, 10, 16)
+    v, couplings = model.eval()(x, return_couplings=True)
+    torch.testing.assert_close(v, model(x))
+    assert [c.shape for c in couplings] == [(2, 10, capsules_in)] * 3
+
+
+@MODELS
+def test_an_image_does_not_depend_on_its_batch(network):
+    model, x = network().eval(), torch.randn(4, 1, network.side, network.side)
+    with torch.no_grad():
+        together, alone = model(x), torch.cat([model(image) for image in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@MODELS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite(network, dtype):
+    model = network()
+    for x in (0.0, 1.0, 255.0):
+        images = torch.rand(2, 1, network.side, network.side) * x
+        with torch.autocast("cpu", dtype):
+            v = model(images)
+        assert v.dtype == torch.float32  # routing and lengths left half precision
+        capsules.margin_loss(capsules.capsule_lengths(v), torch.tensor([1, 2])).backward()
+        assert torch.isfinite(v).all()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@MODELS
+def test_bfloat16_gradients_point_where_float32_ones_do(network):
+    """After a few steps and with BatchNorm's running statistics. At the very start ResCapsNet's
+    first layers have gradients that are small differences of large sums over a black background:
+    rounding turns some of them by up to 24 degrees (cosine 0.91)."""
+    images, labels = data.load("digits", "", "train")
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def backward(batch, half=False):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            lengths = capsules.capsule_lengths(model(data.prepare(images[batch], model)))
+        capsules.margin_loss(lengths, labels[batch]).backward()
+
+    for step in range(1, 13):
+        backward(slice(32 * step, 32 * step + 32))
+        optimizer.step()
+    model.eval()
+    gradients = []
+    for half in (True, False):
+        backward(slice(0, 32), half)
+        layers = [list(m.parameters(recurse=False)) for m in model.modules()]
+        gradients.append([torch.cat([p.grad.flatten() for p in ps]) for ps in layers if ps])
+    for half, full in zip(*gradients, strict=True):
+        assert F.cosine_similarity(half.double(), full.double(), dim=0) > 0.99
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """The least that prepare needs to know of a model."""
+
+    side, mean, std = 28, 0.0, 1.0
+
+
+def test_rotation_is_torchvisions_and_each_image_has_its_own_angle():
+    images, _ = data.load("digits", "", "train")
+    degrees = torch.tensor([-90.0, -33.0, 0.0, 7.5, 60.0])
+    ours = data.prepare(images[:5], Plain, degrees)
+    for i in range(5):
+        x = images[i].view(1, 1, 28, 28).float() / 255
+        theirs = rotate(x, degrees[i].item(), InterpolationMode.BILINEAR)
+        assert (ours[i] - theirs[0]).abs().max() < 0.02
+    assert (ours[1] - data.prepare(images[1:2], Plain, -degrees[1:2])[0]).abs().max() > 0.3
+
+
+def test_resize_is_bilinear_and_corners_stay_black():
+    images, _ = data.load("digits", "", "train")
+    ours = data.prepare(images[:3], ResCapsNet)
+    x = F.interpolate(images[:3].unsqueeze(1).float() / 255, (78, 78), mode="bilinear")
+    x = (x - ResCapsNet.mean) / ResCapsNet.std
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))  # edges blend with black
+    torch.testing.assert_close(ours[inner], x[inner], rtol=1e-4, atol=1e-4)
+    white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
+    turned = data.prepare(white, AlexCapsNet, torch.tensor([45.0]))
+    assert turned[0, 0, 0, 0] == pytest.approx(-AlexCapsNet.mean / AlexCapsNet.std)
+
+
+def test_parts_are_disjoint_stable_and_stratified():
+    parts = {name: data.load("digits", "", name) for name in ("train", "validation", "test")}
+    assert {name: len(y) for name, (_, y) in parts.items()} == {
+        "train": 1237, "validation": 200, "test": 360,
+    }
+    seen = [image.numpy().tobytes() for x, _ in parts.values() for image in x]
+    assert len(set(seen)) == 1797  # every digit is in exactly one part
+    assert parts["test"][1].bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    torch.manual_seed(99)  # a run's seed changes nothing
+    assert torch.equal(data.load("digits", "", "validation")[0], parts["validation"][0])
+
+
+def test_samplers_agree_and_angles_depend_on_seed_and_epoch_alone():
+    images, labels = data.load("digits", "", "train")
+    dataset = data.DigitBatches(images, labels, AlexCapsNet, "cpu", rotate=10)
+    for seed, epoch in ((0, 1), (3, 2)):
+        generator = torch.Generator().manual_seed(data.epoch_seed(seed, epoch))
+        alone = list(RandomSampler(dataset, generator=generator))
+        shares = []
+        for rank in range(2):
+            sampler = DistributedSampler(dataset, 2, rank, seed=data.epoch_seed(seed, 0))
+            sampler.set_epoch(epoch)
+            shares.append(list(sampler))
+        zipped = [i for pair in zip(*shares, strict=True) for i in pair]
+        assert zipped[: len(alone)] == alone
+    dataset.set_epoch(0, 1)
+    first = dataset.degrees
+    assert first.abs().max() <= 10 and first.min() < -9 and first.max() > 9
+    dataset.set_epoch(0, 2)
+    assert not torch.equal(dataset.degrees, first)
+    dataset.set_epoch(0, 1)
+    assert torch.equal(dataset.degrees, first)
+    whole = dataset.__getitems__(list(range(10)))[0]
+    torch.testing.assert_close(dataset.__getitems__([7])[0], whole[7:8])
+
+
+def write_mnist(folder, damage=None):
+    """MNIST's four files, right in size and header, with blank images; returns the data folder."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, (size, magic, items) in data.MNIST_FILES.items():
+        with open(raw / name, "wb") as file:
+            shape = (28, 28) if "images" in name else ()
+            file.write(struct.pack(f">{2 + len(shape)}i", magic, items, *shape))
+            file.truncate(size)
+        if damage and name == "train-images-idx3-ubyte":
+            damage(raw / name)
+    return folder
+
+
+def test_mnist_is_read_and_split(tmp_path):
+    folder = write_mnist(tmp_path)
+    assert data.resolve_dataset("auto", folder) == ("mnist", "")
+    sizes = [len(data.load("mnist", folder, part)[1]) for part in ("train", "validation", "test")]
+    assert sizes == [55_000, 5_000, 10_000]
+
+
+@pytest.mark.parametrize("choice", ["auto", "mnist"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: os.truncate(p, 1_000_000), lambda p: p.write_bytes(os.urandom(47_040_016))],
+    ids=["truncated", "garbage"],
+)
+def test_a_damaged_mnist_file_is_named(tmp_path, single, choice, damage):
+    folder = write_mnist(tmp_path / "data", damage)
+    code, _, error = single("--model", "alexcaps", "--dataset", choice, "--data-dir", folder,
+                            "--run-dir", tmp_path / "run")
+    assert_one_line(code, error, "train-images-idx3-ubyte is damaged")
+    assert not (tmp_path / "run").exists()
+
+
+def test_download_from_a_mirror(tmp_path, monkeypatch):
+    """The download itself, from a small server that stands in for the mirrors."""
+    source = write_mnist(tmp_path / "mirror") / "MNIST" / "raw"
+    resources = []
+    for name in data.MNIST_FILES:
+        packed = gzip.compress((source / name).read_bytes(), 1)
+        (source / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    mnist = data.torchvision.datasets.MNIST
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=source)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(mnist, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(mnist, "resources", resources)
+        assert data.resolve_dataset("mnist", tmp_path / "data") == ("mnist", "")
+        server.shutdown()
+    assert data.mnist_is_there(tmp_path / "data")
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["MNIST"]  # no leftovers
+
+
+def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(data.torchvision.datasets, "MNIST", lambda *_, **__: time.sleep(5))
+    assert data.resolve_dataset("auto", tmp_path)[0] == "digits"
+    with pytest.raises(data.DataError, match="no answer for 0.5 s"):
+        data.resolve_dataset("mnist", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# train_single.py
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["alexcaps", "rescaps"])
+def test_dry_run(model, tmp_path):
+    process = run_python(HERE / "train_single.py", "--model", model, *DIGITS, "--dry-run")
+    assert process.returncode == 0, process.stderr
+    assert "dry run: one batch" in process.stdout
+    assert process.stderr == ""
+
+
+def test_offline_first_run(tmp_path):
+    """No network, no data: digits, said at the start and at the end, and in the folder's name."""
+    process = run_python(
+        HERE / "train_single.py", "--model", "alexcaps", "--data-dir", tmp_path / "data",
+        "--train-size", 64, "--epochs", 1, "--run-dir", tmp_path / "run",
+        env={**os.environ, **OFFLINE},
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "MNIST could not be had" in lines[0] and "MNIST could not be had" in lines[-2]
+    assert "1,797 digits" in lines[1] and "1,797 digits" in lines[-1]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset"] == "digits" and "failed" in config["fallback_reason"]
+    assert config["parameters"] == 2_677_696
+    default = train_single.default_folder({**config, "seed": 3}, "digits")
+    assert default == Path("runs/alexcaps-single-digits-seed3")
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert rows[0] == ",".join(train_single.COLUMNS) and len(rows) == 2
+    assert {p.name for p in (tmp_path / "run").iterdir()} == set(train_single.RUN_FILES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "vgg"], ["vgg"]),
+        ([], ["--model"]),
+        (["--model", "alexcaps", "--dataset", "cifar"], ["cifar"]),
+        *[
+            (["--model", "alexcaps", flag, value], [flag, value])
+            for flag, values in {
+                "--epochs": ["0", "-1", "1.5", "nan"],
+                "--batch-size": ["0", "-4"],
+                "--routing-iterations": ["0", "inf"],
+                "--lr": ["0", "-0.1", "nan", "inf", "x"],
+                "--rotate": ["-1", "nan", "181"],
+                "--seed": ["-1"],
+                "--train-size": ["0"],
+            }.items()
+            for value in values
+        ],
+        (["--model", "alexcaps", *DIGITS, "--train-size", "1238"], ["1238", "1,237"]),
+        (["--model", "alexcaps", *DIGITS, "--device", "cuda:77"], ["cuda:77"]),
+        (["--model", "alexcaps", *DIGITS, "--device", "toaster"], ["toaster"]),
+        (["--model", "alexcaps", "--resume", "--overwrite"], ["--overwrite"]),
+    ],
+)
+def test_wrong_use_is_one_line_and_writes_nothing(flags, words, tmp_path, single):
+    code, _, error = single(*flags, "--run-dir", tmp_path / "run")
+    assert_one_line(code, error, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mnist_without_network_never_falls_back(tmp_path, single, monkeypatch):
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    code, _, error = single("--model", "alexcaps", "--dataset", "mnist", "--data-dir",
+                            tmp_path / "data", "--run-dir", tmp_path / "run")
+    assert_one_line(code, error, "MNIST", "download failed", "--dataset digits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_code_of_a_real_process(tmp_path):
+    (tmp_path / "file").write_text("")
+    process = run_python(HERE / "train_single.py", "--model", "alexcaps", *DIGITS,
+                         "--run-dir", tmp_path / "file" / "run")
+    assert_one_line(process.returncode, process.stderr, "cannot make the run folder")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two epochs of AlexCapsNet on 96 digits, without a break: the run that others must equal."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    process = run_python(HERE / "train_single.py", "--model", "alexcaps", *SMALL, "--epochs", 2,
+                         "--run-dir", run_dir)
+    assert process.returncode == 0, process.stderr
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_run_is_never_overwritten_unasked(copy, single):
+    before = {p: p.read_bytes() for p in copy.iterdir()}
+    flags = ("--model", "alexcaps", *SMALL, "--epochs", 1, "--run-dir", copy)
+    code, _, error = single(*flags)
+    assert_one_line(code, error, "holds a run already", "--overwrite")
+    assert {p: p.read_bytes() for p in copy.iterdir()} == before
+    assert single(*flags, "--overwrite")[0] == 0
+    assert len(torch.load(copy / "last.pt")["history"]) == 1
+
+
+def damage_middle(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil-was-here",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "words"),
+    [
+        (lambda run: None, ["--lr", "0.01"], ["--lr", "0.01", "0.001"]),
+        (lambda run: None, ["--model", "rescaps"], ["--model"]),
+        (lambda run: None, ["--dataset", "mnist"], ["--dataset"]),
+        (lambda run: (run / "config.json").unlink(), [], ["holds no run"]),
+        (lambda run: (run / "config.json").write_text("{"), [], ["config.json is damaged"]),
+        (lambda run: (run / "config.json").write_text("{}"), [], ["script is missing"]),
+        (lambda run: (run / "last.pt").unlink(), [], ["no checkpoint"]),
+        (lambda run: os.truncate(run / "last.pt", 10_000), [], ["last.pt is damaged"]),
+        (lambda run: damage_middle(run / "last.pt"), [], ["last.pt is damaged"]),
+        (lambda run: (run / "last.pt").write_text("?"), [], ["last.pt is damaged"]),
+        (lambda run: torch.save({"a": 1}, run / "last.pt"), [], ["last.pt is no checkpoint"]),
+        (lambda run: torch.save(Evil(), run / "last.pt"), [], ["last.pt is damaged"]),
+        (lambda run: (run / "last.pt").write_bytes(pickle.dumps(Evil())), [], ["damaged"]),
+    ],
+)
+def test_resume_refuses(spoil, flags, words, copy, single, monkeypatch):
+    monkeypatch.chdir(copy)
+    spoil(copy)
+    before = {p: p.read_bytes() for p in copy.iterdir()}
+    code, _, error = single("--resume", "--run-dir", copy, *flags)
+    assert_one_line(code, error, *words)
+    assert {p: p.read_bytes() for p in copy.iterdir()} == before  # nothing lost, nothing made
+
+
+def test_a_checkpoint_of_another_network_does_not_fit(copy, single):
+    checkpoint = torch.load(copy / "last.pt")
+    checkpoint["model"] = ResCapsNet().state_dict()
+    torch.save(checkpoint, copy / "last.pt")
+    code, _, error = single("--resume", "--run-dir", copy)
+    assert_one_line(code, error, "does not fit")
+
+
+def test_resume_of_a_finished_run_and_more_epochs(copy, single):
+    assert single("--resume", "--run-dir", copy)[0] == 0
+    code, printed, _ = single("--resume", "--run-dir", copy, "--epochs", 3)
+    assert code == 0 and "resumed after epoch 2" in printed
+    assert len((copy / "metrics.csv").read_text().splitlines()) == 4
+
+
+# Each wrapper spoils the product from outside: the scripts have no hooks for tests.
+KILL_IN_EPOCH_2 = """
+import os, signal, sys
+import train_single
+real, calls = train_single.margin_loss, []
+def margin_loss(*arguments):
+    calls.append(1)
+    if len(calls) == 11:  # 6 training steps and 1 validation batch, then the 4th step of epoch 2
+        os.kill(os.getpid(), signal.{signal})
+    return real(*arguments)
+train_single.margin_loss = margin_loss
+train_single.run_main(train_single.main)
+"""
+KILL_IN_WRITE = """
+import os, signal
+import train_single
+real, calls = os.replace, []
+def replace(source, target):
+    if target.name == "last.pt":
+        calls.append(1)
+        if len(calls) == 3:  # of epochs 0, 1, 2
+            os.truncate(source, 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+train_single.run_main(train_single.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "code"),
+    [
+        (KILL_IN_EPOCH_2.format(signal="SIGKILL"), -signal.SIGKILL),
+        (KILL_IN_EPOCH_2.format(signal="SIGTERM"), 143),
+        (KILL_IN_EPOCH_2.format(signal="SIGINT"), 130),
+        (KILL_IN_WRITE, -signal.SIGKILL),
+    ],
+    ids=["kill", "term", "ctrl-c", "kill-in-write"],
+)
+def test_any_stop_resumes_bit_for_bit(wrapper, code, finished, tmp_path, single):
+    run_dir = tmp_path / "run"
+    process = run_python("-c", wrapper, "--model", "alexcaps", *SMALL, "--epochs", 2,
+                         "--run-dir", run_dir)
+    assert process.returncode == code, process.stderr
+    if code > 0:
+        assert f"--resume --run-dir {run_dir}" in process.stderr
+        assert "Traceback" not in process.stderr
+    assert torch.load(run_dir / "last.pt")["epoch"] == 1
+    assert single("--resume", "--run-dir", run_dir)[0] == 0
+    assert same_weights(run_dir, finished)
+    plain = [row["val_loss"] for row in torch.load(run_dir / "last.pt")["history"]]
+    assert plain == [row["val_loss"] for row in torch.load(finished / "last.pt")["history"]]
+    assert len((run_dir / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_failed_write_keeps_the_checkpoint_before(copy, finished):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000));"
+    code = limit + "import train_single; train_single.run_main(train_single.main)"
+    process = run_python("-c", code, "--resume", "--run-dir", copy, "--epochs", 3)
+    assert process.returncode == 1
+    assert "cannot write" in process.stderr and "Traceback" not in process.stderr
+    assert (copy / "last.pt").read_bytes() == (finished / "last.pt").read_bytes()
+    assert not list(copy.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, single, monkeypatch):
+    real, calls = train_single.margin_loss, []
+
+    def margin_loss(*arguments):
+        calls.append(1)
+        return real(*arguments) * (math.nan if len(calls) == 9 else 1)  # step 2 of epoch 2
+
+    monkeypatch.setattr(train_single, "margin_loss", margin_loss)
+    code, _, error = single("--model", "alexcaps", *SMALL, "--epochs", 2, "--run-dir", tmp_path)
+    assert code == 1 and "nan in epoch 2, step 2" in error
+    assert torch.load(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_best_is_the_earliest_of_equal_epochs():
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+    training = train_single.Training(model, optimizer, schedule)
+    totals = train_single.Totals(1, None)
+    totals.loss, totals.hits, totals.images = 1.0, 1, 2
+    for hits in (90, 95, 95, 94):
+        optimizer.step()
+        train_single.count_epoch(training, {"device": "cpu"}, totals, [1.0, hits, 100], 1.0)
+    assert training.best["epoch"] == 2
+    assert [row["lr"] for row in training.history] == pytest.approx([1e-3, 1e-3, 7e-4, 7e-4])
+
+
+def test_compiled_and_plain_checkpoints_are_the_same(copy, single):
+    code, _, error = single("--resume", "--run-dir", copy, "--epochs", 3, "--compile")
+    assert code == 0, error
+    assert not any("_orig_mod" in name for name in weights(copy))
+    code, _, error = single("--resume", "--run-dir", copy, "--epochs", 4, "--no-compile")
+    assert code == 0, error
+
+
+# ------------------------------------------------------------------------------------------------
+# train_ddp.py
+# ------------------------------------------------------------------------------------------------
+
+
+def torchrun(*arguments, processes=2, no_python=False, launcher=()):
+    """A real torchrun job on this machine, on a free port; no_python: `-c CODE` as the script."""
+    options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = ["--no-python", sys.executable] if no_python else []
+    return run_python(*options, *launcher, *script, *arguments)
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+import test_models, train_ddp
+with train_ddp.process_group():
+    getattr(test_models, sys.argv[1])(*sys.argv[2:])
+"""
+
+
+def digits_training(network, accumulation=1, batch_size=32, images=320):
+    """SGD training of a network with frozen BatchNorm on the first digits, rotation on.
+
+    SGD, because Adam divides gradients by their size: it would turn the rounding of gradients that
+    are zero into whole steps. Frozen, because each rank's BatchNorm sees only its own half.
+    """
+    parser = train_single.build_parser("")
+    config = {**vars(parser.parse_args(["--model", network, *DIGITS, "--train-size", str(images)])),
+              **train_single.FIXED, "accumulation_steps": accumulation, "batch_size": batch_size}
+    datasets = train_single.make_datasets(config, torch.device("cpu"))
+    training = train_single.make_training(config, torch.device("cpu"))
+    training.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    for module in training.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().train = lambda mode=True, module=module: module
+    return training, datasets, config
+
+
+def one_process(network, images, batch_size=64):
+    """The reference: train_single's epoch -> (parameters after it, sums of validation)."""
+    training, (train_set, validation_set), config = digits_training(
+        network, batch_size=batch_size, images=images
+    )
+    train_single.train_one_epoch(training, train_set, config)
+    sums = train_single.validate(training.model, validation_set)
+    return [p.detach().clone() for p in training.model.parameters()], sums
+
+
+# (network, accumulation steps, batch size per rank, images): all equal one process at batch 64.
+# The last: 3 micro-batches of 16 per rank in groups of 2, the last group one micro-batch of 5.
+CASES = [
+    ("alexcaps", 1, 32, 64),
+    ("alexcaps", 1, 32, 320),
+    ("alexcaps", 2, 16, 320),
+    ("rescaps", 1, 32, 64),
+    ("rescaps", 1, 32, 320),
+    ("rescaps", 2, 16, 64),
+    ("alexcaps", 2, 16, 74),
+]
+
+
+def train_cases(out):
+    """A worker: rank 0 saves what each case ends with."""
+    results = []
+    for network, accumulation, batch_size, images in CASES:
+        training, (train_set, validation_set), config = digits_training(
+            network, accumulation, batch_size, images
+        )
+        model = train_ddp.wrap(training, config, torch.device("cpu"))
+        train_ddp.train_one_epoch(training, model, train_set, config)
+        sums = train_ddp.validate_together(training.model, validation_set, False)
+        results.append(([p.detach() for p in training.model.parameters()], sums))
+    if train_ddp.RANK == 0:
+        torch.save(results, out)
+
+
+def validation_counts(out):
+    """A worker: rank 0 saves the sums of validation of an untrained AlexCapsNet."""
+    training, (_, validation_set), _ = digits_training("alexcaps")
+    sums = train_ddp.validate_together(training.model, validation_set, False)
+    if train_ddp.RANK == 0:
+        torch.save(sums, out)
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    process = torchrun("-c", WORKER, "train_cases", tmp_path / "out.pt", no_python=True)
+    assert process.returncode == 0, process.stderr
+    for case, (parameters, sums) in zip(CASES, torch.load(tmp_path / "out.pt"), strict=True):
+        network, _, _, images = case
+        expected, expected_sums = one_process(network, images)
+        start = [p.detach() for p in digits_training(network)[0].model.parameters()]
+        for p, q, s in zip(parameters, expected, start, strict=True):
+            if images == 64:  # one step: what was added is the gradient times -0.1
+                gradient = (q - s).abs().max().item()
+                torch.testing.assert_close(p - s, q - s, rtol=1e-4, atol=1e-4 * gradient + 1e-8)
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=lambda m, c=case: f"{c}: {m}")
+        assert sums[1:].tolist() == expected_sums[1:].tolist(), case
+        assert sums[0].item() == pytest.approx(expected_sums[0].item(), abs=2e-4)
+
+
+def test_three_ranks_count_every_validation_image_once(tmp_path):
+    process = torchrun("-c", WORKER, "validation_counts", tmp_path / "out.pt", processes=3,
+                       no_python=True)
+    assert process.returncode == 0, process.stderr
+    training, (_, validation_set), _ = digits_training("alexcaps")
+    expected = train_single.validate(training.model, validation_set)
+    sums = torch.load(tmp_path / "out.pt")
+    assert sums[1:].tolist() == expected[1:].tolist() and sums[2] == 200  # 200 / 3 is no integer
+    assert sums[0].item() / 200 == pytest.approx(expected[0].item() / 200, abs=1e-6)
+
+
+TWO_RANKS = ("--model", "alexcaps", *SMALL, "--precision", "fp32", "--epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Two epochs on two ranks (96 digits, 16 per rank: 3 steps an epoch)."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = torchrun(HERE / "train_ddp.py", *TWO_RANKS, "--run-dir", run_dir)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("epoch  2/2") == 1  # rank 0 alone prints
+    return run_dir
+
+
+KILL_RANK_1 = """
+import os, signal
+import train_ddp
+real, calls = train_ddp.margin_loss, []
+def margin_loss(*arguments):
+    calls.append(1)
+    again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    if train_ddp.RANK == 1 and len(calls) == {step} and not again:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+train_ddp.margin_loss = margin_loss
+train_ddp.run_main(train_ddp.main, quiet=train_ddp.RANK > 0)
+"""
+
+
+@pytest.mark.parametrize("step", [2, 5], ids=["epoch-1", "epoch-2"])
+def test_a_killed_rank_is_restarted_to_the_same_weights(step, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    if step == 2:  # a foreign run lies there; --overwrite must not overwrite what the run begins
+        run_dir.mkdir()
+        (run_dir / "config.json").write_text("{}")
+    process = torchrun("-c", KILL_RANK_1.format(step=step), *TWO_RANKS, "--overwrite",
+                       "--run-dir", run_dir, no_python=True, launcher=["--max-restarts=1"])
+    assert process.returncode == 0, process.stderr
+    assert same_weights(run_dir, undisturbed)
+    if step == 5:
+        assert "resumed after epoch 1" in process.stdout
+
+
+def test_a_dying_rank_ends_the_job(tmp_path):
+    start = time.monotonic()
+    process = torchrun("-c", KILL_RANK_1.format(step=2), *TWO_RANKS, "--run-dir", tmp_path / "run",
+                       no_python=True)
+    assert process.returncode != 0
+    assert "rank 0 has lost another rank" in process.stderr or "SIGKILL" in process.stderr
+    assert time.monotonic() - start < 120  # start included; left alone it would hang for minutes
+    assert torch.load(tmp_path / "run" / "last.pt")["epoch"] == 0
+
+
+def test_ctrl_c_to_torchrun_leaves_a_resumable_run(undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = [a if a != "2" else "500" for a in TWO_RANKS]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "train_ddp.py", *flags, "--run-dir", str(run_dir)]
+    job = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "best.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert error.count(f"--resume --run-dir {run_dir}") == 1
+    epoch = torch.load(run_dir / "last.pt")["epoch"]
+    assert epoch >= 1
+    process = torchrun(HERE / "train_ddp.py", "--resume", "--run-dir", run_dir,
+                       "--epochs", epoch + 1)
+    assert process.returncode == 0, process.stderr
+    if epoch == 1:
+        assert same_weights(run_dir, undisturbed)
+
+
+def test_two_agents_are_two_machines(undisturbed, tmp_path):
+    """Two torchrun agents of one rank each, as on two machines, meet over c10d."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two-agents",
+               "train_ddp.py", *TWO_RANKS, "--run-dir", str(run_dir)]
+    options = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [subprocess.Popen(command, **options) for _ in range(2)]
+    outputs = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    for a, b in zip(weights(run_dir).values(), weights(undisturbed).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other threads per rank
+
+
+def test_validation_row_of_two_ranks_is_that_of_the_saved_model(tmp_path):
+    """ResCapsNet: rank 0's BatchNorm buffers are validated and saved, in float32 after bf16."""
+    run_dir = tmp_path / "run"
+    process = torchrun(HERE / "train_ddp.py", "--model", "rescaps", *DIGITS, "--train-size", 64,
+                       "--epochs", 1, "--run-dir", run_dir)
+    assert process.returncode == 0, process.stderr
+    checkpoint = torch.load(run_dir / "last.pt")
+    assert checkpoint["config"]["precision"] == "bf16"
+    model = ResCapsNet().to(memory_format=torch.channels_last)
+    model.load_state_dict(checkpoint["model"])
+    images, labels = data.load("digits", "", "validation")
+    dataset = data.DigitBatches(images, labels, ResCapsNet, "cpu")
+    loss, hits, n = train_single.validate(model, dataset).tolist()
+    row = checkpoint["history"][-1]
+    assert row["val_accuracy"] == round(100 * hits / n, 3)
+    assert row["val_loss"] == pytest.approx(loss / n, abs=2e-6)
+
+
+def test_mistakes_under_torchrun_are_printed_once(tmp_path):
+    process = torchrun(HERE / "train_ddp.py", "--model", "alexcaps", *SMALL, "--sync-bn",
+                       "--run-dir", tmp_path / "run")
+    assert process.returncode == 1  # torchrun's own
+    assert process.stderr.count("error: --sync-bn needs GPUs") == 1
+    assert "train_ddp.py\", line" not in process.stderr  # no traceback of ours
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--precision", "fp8"], ["fp8"]),
+        (["--precision", "fp16", "--device", "cpu"], ["fp16", "bf16"]),
+        (["--sync-bn", "--device", "cpu"], ["--sync-bn"]),
+        (["--accumulation-steps", "0"], ["--accumulation-steps"]),
+        (["--train-size", "5000"], ["5000", "1,237"]),
+    ],
+)
+def test_wrong_use_of_train_ddp(flags, words, tmp_path, capsys, monkeypatch):
+    code, _, error = call(train_ddp, capsys, monkeypatch, "--model", "alexcaps", *DIGITS, *flags,
+                          "--run-dir", tmp_path / "run")
+    assert_one_line(code, error, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_without_torchrun_and_scripts_keep_apart(copy, capsys, monkeypatch, tmp_path):
+    code, printed, _ = call(train_ddp, capsys, monkeypatch, *TWO_RANKS, "--epochs", 1,
+                            "--run-dir", tmp_path / "run")
+    assert code == 0 and "note: one process" in printed
+    one = torch.load(tmp_path / "run" / "last.pt")["history"][0]
+    assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
+    code, _, error = call(train_ddp, capsys, monkeypatch, "--resume", "--run-dir", copy)
+    assert_one_line(code, error, "train_single.py")
