@@ -66,6 +66,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # on this machine: decides 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
+TIMEOUT = timedelta(minutes=10)  # DDP: of any wait for another rank; rank 0 may be downloading
+
 # AMP: what the network's matrix products and convolutions are computed in. float16 has 5 bits of
 # exponent: small gradients vanish unless the loss is scaled up. bfloat16 has the 8 bits of float32.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -148,21 +150,26 @@ class LostRank(RunFailed):
 
 @contextmanager
 def process_group():
-    """DDP: join the other processes; leave them on every way out."""
+    """DDP: join the other processes; leave them on every way out. Yields: restarted by torchrun?"""
     gpus = torch.cuda.device_count()
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if 0 < gpus < LOCAL_WORLD_SIZE and LOCAL_RANK == 0:  # NCCL refuses two ranks on one GPU
         print(f"note: {LOCAL_WORLD_SIZE} ranks share {gpus} GPU(s) and talk through gloo")
-    options = {"timeout": timedelta(minutes=10)}  # rank 0 may be downloading
-    if "RANK" not in os.environ:
+    if "RANK" in os.environ:
+        store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    else:
         print("note: one process; for more: torchrun --nproc_per_node=2 train_ddp.py ...")
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **options)
+        store = dist.HashStore()
+    # In this store the ranks find each other's addresses. torchrun keeps it when it restarts dead
+    # workers: without a prefix the new ones would wait for the old ones' addresses.
+    starts = store.add(f"starts of rank {RANK}", 1)
+    store = dist.PrefixStore(f"start {starts}", store)
+    dist.init_process_group(
+        backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
+    )
     try:
-        yield
+        yield starts > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     except RuntimeError as error:
-        if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
-            raise
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise LostRank(f"rank {RANK} has lost another rank: see the first error") from None
         raise
@@ -206,10 +213,9 @@ def pick_device(config: dict) -> torch.device:
     return device
 
 
-def plan_together(parser: argparse.ArgumentParser) -> tuple[dict, Path, bool]:
+def plan_together(parser: argparse.ArgumentParser, restarted: bool) -> tuple[dict, Path, bool]:
     """DDP: rank 0 reads the command, decides what `auto` means and finds the data, for all."""
     fixed = {"script": "ddp", "world_size": WORLD_SIZE, "launch": launch_id()}
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def work():
         config, run_dir, resume = plan_run(parser, fixed, restarted)
@@ -280,13 +286,13 @@ def main() -> None:
          help="batches whose gradients are added up for one optimizer step")
     flag("--sync-bn", action="store_true", help="one BatchNorm over all ranks; GPUs only")
     parser.parse_args()  # a mistake in the command ends here, before processes wait for each other
-    with process_group():  # DDP:
-        run(parser)
+    with process_group() as restarted:  # DDP:
+        run(parser, restarted)
 
 
-def run(parser: argparse.ArgumentParser) -> None:
+def run(parser: argparse.ArgumentParser, restarted: bool) -> None:
     """The main of train_single.py, by all ranks together."""
-    config, run_dir, resume = plan_together(parser)  # DDP:
+    config, run_dir, resume = plan_together(parser, restarted)  # DDP:
     device = agree(lambda: pick_device(config))  # DDP:
     agree(lambda: find_data_here(config))  # DDP:
     datasets = train_set, validation_set = agree(lambda: make_datasets(config, device))
