@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ import train_ddp
 import train_single
 from alexcaps import AlexCapsNet
 from rescaps import ResCapsNet
+from results import tables
 from results.benchmark import check_same, formulations, speed_table
 
 HERE = Path(__file__).parent
@@ -204,6 +206,11 @@ def test_votes_are_each_capsules_own_matrix_product():
         for j in range(3):
             s[:, j] += u[:, i] @ W[i, :, j] / 3
     torch.testing.assert_close(layer(u), capsules.squash(s))
+    layer.iterations = 2  # and coupling [b, j, i] is that of primary capsule i
+    couplings = layer(u, return_couplings=True)[1][1]
+    votes = torch.einsum("bni,nijd->bjnd", u, W)
+    agreement = torch.einsum("bjnd,bjd->bjn", votes, capsules.squash(s))
+    torch.testing.assert_close(couplings, agreement.softmax(dim=1))
 
 
 def test_a_primary_capsule_comes_from_one_place():
@@ -853,7 +860,8 @@ def test_a_dying_rank_ends_the_job(tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt")["epoch"] == 0
 
 
-def test_ctrl_c_to_torchrun_leaves_a_resumable_run(undisturbed, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_torchrun_leaves_a_resumable_run(stop, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     flags = [a if a != "2" else "500" for a in TWO_RANKS]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -862,17 +870,18 @@ def test_ctrl_c_to_torchrun_leaves_a_resumable_run(undisturbed, tmp_path):
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(stop)
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
     assert error.count(f"--resume --run-dir {run_dir}") == 1
     epoch = torch.load(run_dir / "last.pt")["epoch"]
     assert epoch >= 1
-    process = torchrun(HERE / "train_ddp.py", "--resume", "--run-dir", run_dir,
-                       "--epochs", epoch + 1)
-    assert process.returncode == 0, process.stderr
-    if epoch == 1:
-        assert same_weights(run_dir, undisturbed)
+    if stop == signal.SIGINT:
+        process = torchrun(HERE / "train_ddp.py", "--resume", "--run-dir", run_dir,
+                           "--epochs", epoch + 1)
+        assert process.returncode == 0, process.stderr
+        if epoch == 1:
+            assert same_weights(run_dir, undisturbed)
 
 
 def test_two_agents_are_two_machines(undisturbed, tmp_path):
@@ -1276,3 +1285,28 @@ def test_quick_benchmark_writes_json(tmp_path):
     }
     assert [row["model"] for row in result["data_path"]] == ["alexcaps", "rescaps"]
     assert all(row["times_faster"] > 0 for row in result["data_path"])
+
+
+# ------------------------------------------------------------------------------------------------
+# README.md
+# ------------------------------------------------------------------------------------------------
+
+
+def test_readme_tables_are_what_results_holds():
+    text = (HERE / "README.md").read_text()
+    assert tables.fill(text, tables.sections(tables.kept_rows())) == text
+
+
+def test_readme_names_the_lines_of_the_equations():
+    rows = re.findall(r"\| (\w+\.py):(\d+) \| `(.+?)` \|", (HERE / "README.md").read_text())
+    assert len(rows) > 8
+    for name, line, code in rows:
+        assert code in (HERE / name).read_text().splitlines()[int(line) - 1], (name, line)
+
+
+def test_readme_marks_and_links_exist():
+    text = (HERE / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (HERE / link).exists(), link
+    for name in re.findall(r"`(test_\w+)", text):
+        assert f"def {name}" in (HERE / "test_models.py").read_text(), name
