@@ -347,6 +347,13 @@ COLUMNS = {  # table: {title: the row's text}
 GPU_COLUMNS = {"peak memory, MiB": "{peak_memory_mib:,.0f}", "GPU busy": "{gpu_busy:.0%}"}
 
 
+def markdown(columns: dict, rows: list[dict]) -> str:
+    """A Markdown table; columns: {title: how a row's text is made}."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell.format(**row) for cell in columns.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def speed_table(result: dict) -> str:
     """A result as Markdown: the machine in a sentence, then the three tables."""
     machine = f"{result['device_name']}, {result['threads']} threads, PyTorch {result['torch']}; "
@@ -358,11 +365,22 @@ def speed_table(result: dict) -> str:
     for table, columns in COLUMNS.items():
         if table == "steps" and result["device"] == "cuda":
             columns = columns | GPU_COLUMNS
-        lines = [columns, ["---"] * len(columns)]
-        for row in result[table]:
-            lines.append([cell.format(**row) for cell in columns.values()])
-        text += "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text += "\n" + markdown(columns, result[table])
     return text
+
+
+def report_table(result: dict) -> str:
+    """results/report-code-cpu.json, the report's own code beside ours, as one Markdown table."""
+    parts = {
+        "rescaps_layer": "ResCapsNet's capsule layer", "rescaps_step": "ResCapsNet, training step",
+        "rescaps_loop": "ResCapsNet, step with its data", "alexcaps_step": "AlexCapsNet, step",
+        "alexcaps_loop": "AlexCapsNet, step with its data",
+    }
+    rows = [row | {"part": title} for key, title in parts.items() for row in result[key]]
+    return markdown({
+        "what": "{part}", "code": "{code}", "setting": "{setting}", "batch": "{batch_size}",
+        "ms": "{milliseconds:.1f}", "faster per image": "{times_faster_than_report:.1f}x",
+    }, rows)
 
 
 def machine_rates(steps: list[dict]) -> dict:
