@@ -496,6 +496,13 @@ def test_wrong_use_is_one_line_and_writes_nothing(flags, words, tmp_path, single
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compile_without_a_compiler(tmp_path, single, monkeypatch):
+    monkeypatch.setattr(train_single.shutil, "which", lambda _: None)
+    code, _, error = single("--model", "alexcaps", *DIGITS, "--compile", "--device", "cpu",
+                            "--run-dir", tmp_path / "run")
+    assert_one_line(code, error, "--compile needs a C++ compiler")
+
+
 def test_mnist_without_network_never_falls_back(tmp_path, single, monkeypatch):
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
@@ -544,6 +551,11 @@ def damage_middle(path):
     path.write_bytes(content)
 
 
+def edit_config(run, **changes):
+    config = json.loads((run / "config.json").read_text()) | changes
+    (run / "config.json").write_text(json.dumps(config))
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil-was-here",)
@@ -558,6 +570,9 @@ class Evil:
         (lambda run: (run / "config.json").unlink(), [], ["holds no run"]),
         (lambda run: (run / "config.json").write_text("{"), [], ["config.json is damaged"]),
         (lambda run: (run / "config.json").write_text("{}"), [], ["script is missing"]),
+        (lambda run: edit_config(run, lr="x"), [], ["lr is missing or of a wrong type"]),
+        (lambda run: edit_config(run, model="vgg"), [], ["unknown model"]),
+        (lambda run: None, ["--epochs", "1"], ["--epochs 1 is less than the 2"]),
         (lambda run: (run / "last.pt").unlink(), [], ["no checkpoint"]),
         (lambda run: os.truncate(run / "last.pt", 10_000), [], ["last.pt is damaged"]),
         (lambda run: damage_middle(run / "last.pt"), [], ["last.pt is damaged"]),

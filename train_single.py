@@ -281,6 +281,10 @@ def load_checkpoint(path: Path, config: dict) -> dict:
     for name in RECIPE:
         if checkpoint["config"].get(name) != config[name]:
             raise UsageError(f"{path} is of another run than config.json beside it: {name} differs")
+    if checkpoint["epoch"] > config["epochs"]:
+        raise UsageError(
+            f"--epochs {config['epochs']} is less than the {checkpoint['epoch']} that {path} has"
+        )
     if len(checkpoint["history"]) != checkpoint["epoch"]:
         raise UsageError(f"{path} is no whole checkpoint: its history does not fit its epoch")
     return checkpoint
@@ -297,9 +301,9 @@ def load_config(run_dir: Path) -> dict:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"{path} is damaged: it is no JSON") from None
-    for name in (*RECIPE, *FREE):
-        if not isinstance(config, dict) or name not in config:
-            raise UsageError(f"{path} is no run's config: {name} is missing")
+    for name, kind in (RECIPE | FREE).items():
+        if not isinstance(config, dict) or not isinstance(config.get(name, ...), kind):
+            raise UsageError(f"{path} is no run's config: {name} is missing or of a wrong type")
     if config["model"] not in MODELS or config["dataset"] not in ("mnist", "digits"):
         raise UsageError(f"{path} names an unknown model or dataset")
     return config
@@ -377,12 +381,24 @@ def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
 # 3. The command line and its checks
 # ------------------------------------------------------------------------------------------------
 
-# What makes a run the run it is: --resume takes it from config.json and accepts no other value.
-RECIPE = (
-    *("script", "model", "dataset", "batch_size", "lr", "routing_iterations", "rotate"),
-    *("train_size", "seed", "dry_run", "world_size", "precision", "accumulation_steps", "sync_bn"),
-)
-FREE = ("epochs", "data_dir", "device", "compile")  # what may change when a run is resumed
+# What makes a run the run it is, with its type in config.json: --resume accepts no other value.
+RECIPE = {
+    "script": str,
+    "model": str,
+    "dataset": str,
+    "batch_size": int,
+    "lr": (int, float),
+    "routing_iterations": int,
+    "rotate": (int, float),
+    "train_size": (int, type(None)),
+    "seed": int,
+    "dry_run": bool,
+    "world_size": int,
+    "precision": str,
+    "accumulation_steps": int,
+    "sync_bn": bool,
+}
+FREE = {"epochs": int, "data_dir": str, "device": str, "compile": bool}  # may change on resume
 FIXED = {  # what train_ddp.py varies, as it is for this script
     "script": "single",
     "world_size": 1,
@@ -611,6 +627,9 @@ def make_training(config: dict, device: torch.device) -> Training:
     if config["compile"]:
         # Keeps the names of the state (no "_orig_mod."). dynamic=False: one program for each batch
         # size (32, the short last batch, validation) instead of a slower one for all sizes.
+        compilers = os.environ.get("CXX", "c++"), "g++", "clang++"
+        if device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise UsageError("--compile needs a C++ compiler on the CPU: install g++, or leave it out")
         model.compile(dynamic=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
@@ -690,7 +709,7 @@ def print_outro(config: dict, run_dir: Path, training: Training) -> None:
 
 def say_fallback(config: dict) -> None:
     """Two lines, at the start and at the end, where the digits stand in for MNIST."""
-    if config["fallback_reason"]:
+    if config.get("fallback_reason"):
         print(f"NOTE: MNIST could not be had: {config['fallback_reason']}")
         print("NOTE: this run is on scikit-learn's 1,797 digits of 8x8 pixels, not on MNIST")
 

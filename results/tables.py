@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import evaluate
-from results.benchmark import speed_table
+from results.benchmark import report_table, speed_table
 from train_single import UsageError, run_main, write_text
 
 HERE = Path(__file__).parent
@@ -51,6 +51,7 @@ def sections(rows: list[dict]) -> dict[str, str]:
         "speed": "\n".join(
             speed_table(json.loads(path.read_text())) for path in sorted(HERE.glob("speed-*.json"))
         ),
+        "report-code": report_table(json.loads((HERE / "report-code-cpu.json").read_text())),
     }
 
 
