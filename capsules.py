@@ -111,9 +111,9 @@ class DigitCapsules(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, i, j * d))
         # START ALIVE. In iteration 1, s_j is a sum of N votes over J, so
         #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2        with |u| near 1 (PrimaryCapsules squashes)
-        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, for every image below m- = 0.1,
-        # the margin of an absent digit: nine digits start at no loss, the true one pulls at full
-        # slope. Much smaller, and the gradient, which shrinks with |s_j|, leaves training on a
+        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, below m- = 0.1, the margin of
+        # an absent digit: nine digits start at no loss, for every image, and the true one pulls at
+        # full slope. Much smaller, and the gradient, which shrinks with |s_j|, leaves training on a
         # plateau at 10 %; larger, and nine wrong capsules must first be pushed down.
         nn.init.normal_(self.weight, std=j / (5 * math.sqrt(d * n)))
 

@@ -8,7 +8,6 @@ state, and one process at batch 64 sees exactly the images that two processes at
 
 import contextlib
 import io
-import math
 import os
 import tempfile
 import threading
@@ -106,9 +105,12 @@ def download_mnist(data_dir: str | Path) -> None:
         if not mnist_is_there(folder):
             raise DataError("download failed: files are missing")
         raw = Path(data_dir) / "MNIST" / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        for name in MNIST_FILES:
-            os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in MNIST_FILES:
+                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+        except OSError as error:
+            raise DataError(f"cannot write to {raw}: {error.strerror}") from None
 
 
 def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
@@ -219,7 +221,9 @@ class DigitBatches(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A DataLoader calls this once per batch instead of __getitem__ once per image."""
-        chosen = torch.tensor(indices, device=self.labels.device)
+        device = self.labels.device  # from pinned memory the copy to a GPU keeps no one waiting
+        chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
+        chosen = chosen.to(device, non_blocking=True)
         degrees = None if self.degrees is None else self.degrees[chosen]
         return prepare(self.images[chosen], self.model, degrees), self.labels[chosen]
 
@@ -227,8 +231,3 @@ class DigitBatches(Dataset):
 def as_batch(batch):
     """collate_fn for DigitBatches, whose batches are already whole."""
     return batch
-
-
-def batches_per_epoch(images: int, batch_size: int) -> int:
-    """Batches in an epoch, the short last one included."""
-    return math.ceil(images / batch_size)

@@ -68,13 +68,14 @@ def run_python(*arguments, **more):
 def call(script, capsys, monkeypatch, *arguments):
     """Run a script's main in this process: (exit code, what it printed, its error output)."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-    code, handler = 0, signal.getsignal(signal.SIGTERM)
+    code, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         train_single.run_main(script.main)
     except SystemExit as end:
         code = end.code
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

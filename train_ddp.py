@@ -39,32 +39,32 @@ from train_single import (
     Totals,
     Training,
     UsageError,
+    begin,
     build_parser,
     count_epoch,
     describe,
     find_device,
     load_checkpoint,
+    load_config,
     make_datasets,
     make_training,
     number,
     plan_run,
-    print_intro,
+    possible_folders,
     print_outro,
     progress_bar,
     resumable,
     run_main,
     save_epoch,
-    start_folder,
     validate,
-    write_config,
-    write_metrics,
 )
 
 # DDP: torchrun tells each process who it is by these variables; without it, there is one process.
-RANK = int(os.environ.get("RANK", "0"))  # among all processes: decides who writes and prints
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # on this machine: decides which GPU
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= {*os.environ}
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # among all: decides who writes and prints
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # on this machine: which GPU
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if TORCHRUN else 1
 
 TIMEOUT = timedelta(minutes=10)  # DDP: of any wait for another rank; rank 0 may be downloading
 
@@ -129,7 +129,8 @@ def train_one_epoch(
 
 def validate_together(model: nn.Module, dataset: DigitBatches, one_batch: bool) -> Tensor:
     """As train_single.validate, each image on exactly one rank, in float32, sums over all ranks."""
-    for buffer in model.buffers():  # DDP: each rank has its own running means; rank 0's are saved
+    # DDP: since the last forward pass each rank has running means of its own; rank 0's are saved.
+    for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # DDP: no DistributedSampler here. It pads the shares to equal length, and some images would
     # count twice. `model` is not wrapped: nothing has to be synchronised in its forward pass.
@@ -147,6 +148,8 @@ def validate_together(model: nn.Module, dataset: DigitBatches, one_batch: bool) 
 class LostRank(RunFailed):
     """Another process has died, or the network to it has."""
 
+    everyone_knows = False  # rank 0 may be the one that died
+
 
 @contextmanager
 def process_group():
@@ -155,7 +158,7 @@ def process_group():
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if 0 < gpus < LOCAL_WORLD_SIZE and LOCAL_RANK == 0:  # NCCL refuses two ranks on one GPU
         print(f"note: {LOCAL_WORLD_SIZE} ranks share {gpus} GPU(s) and talk through gloo")
-    if "RANK" in os.environ:
+    if TORCHRUN:
         store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
     else:
         print("note: one process; for more: torchrun --nproc_per_node=2 train_ddp.py ...")
@@ -218,7 +221,8 @@ def plan_together(parser: argparse.ArgumentParser, restarted: bool) -> tuple[dic
     fixed = {"script": "ddp", "world_size": WORLD_SIZE, "launch": launch_id()}
 
     def work():
-        config, run_dir, resume = plan_run(parser, fixed, restarted)
+        find = run_begun_by_this_launch if restarted else None
+        config, run_dir, resume = plan_run(parser, fixed, find)
         kind = torch.device(config["device"])
         if kind.type not in ("cpu", "cuda") or kind.index:
             raise UsageError(f"--device {kind}: each rank takes its own; give cpu or cuda")
@@ -235,9 +239,21 @@ def plan_together(parser: argparse.ArgumentParser, restarted: bool) -> tuple[dic
 
 
 def launch_id() -> str:
-    """Names this call of torchrun, also after its restarts: a restart resumes only its own run."""
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return given if given != "none" else f"{socket.gethostname()}-{os.getppid()}"
+    """Names this call of torchrun, also after its restarts: a restart resumes only its own run.
+
+    The agent's process belongs to it, as a --rdzv-id may be used again.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{run_id} {socket.gethostname()} {os.getppid()}"
+
+
+def run_begun_by_this_launch(config: dict, run_dir: Path | None) -> Path | None:
+    """DDP: the folder of the run that this torchrun began before it restarted its workers."""
+    for folder in (run_dir,) if run_dir else possible_folders(config):
+        whole = (folder / "last.pt").exists() and (folder / "config.json").exists()
+        if whole and load_config(folder).get("launch") == config["launch"]:
+            return folder
+    return None
 
 
 def find_data_here(config: dict) -> None:
@@ -304,18 +320,11 @@ def run(parser: argparse.ArgumentParser, restarted: bool) -> None:
         agree(lambda: training.restore(load_checkpoint(last, config), last))
     model = wrap(training, config, device)  # DDP:
     config |= describe(config, training, datasets, count_devices(device))
-
-    def begin():
-        if resume:
-            write_config(run_dir, config)
-            write_metrics(run_dir, training.history)
-        else:
-            start_folder(run_dir, training, config)
-        print_intro(config, run_dir, training.epoch)
-
     launcher = f"torchrun --nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"
-    with resumable(run_dir, launcher if RANK == 0 else None):
-        agree(begin, rank0_only=True)  # DDP:
+    if WORLD_SIZE > LOCAL_WORLD_SIZE:
+        launcher = "on each machine, the torchrun line of before with train_ddp.py"
+    with resumable(run_dir, None if RANK > 0 or config["dry_run"] else launcher):
+        agree(lambda: begin(run_dir, training, config, resume), rank0_only=True)  # DDP:
         if not config["dry_run"]:
             agree(lambda: check_shared(run_dir))  # DDP:
         while training.epoch < config["epochs"]:

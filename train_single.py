@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,8 @@ class UsageError(Exception):
 class RunFailed(Exception):
     """The run cannot go on (loss not finite, disk full). One line as well. Exit code 1."""
 
+    everyone_knows = True  # in a distributed run: raised on all ranks, so that one may print it
+
 
 # ------------------------------------------------------------------------------------------------
 # 1. One epoch and validation
@@ -75,7 +77,7 @@ class Totals:
     def add(self, loss: Tensor, lengths: Tensor, labels: Tensor) -> None:
         """Note one step: its mean loss (a scalar), lengths [B, J] and labels [B]."""
         hits = (lengths.argmax(dim=1) == labels).sum()
-        images = hits.new_tensor(len(labels))
+        images = hits.new_full((), len(labels))  # made on the device: a copy to it would wait
         self.pending.append(torch.stack([loss.detach() * images, hits, images]))
         if len(self.pending) == LOOK_EVERY:
             self.look()
@@ -147,8 +149,8 @@ def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=Fa
     for images, labels in loader:
         lengths = capsule_lengths(model(images))
         hits = (lengths.argmax(dim=1) == labels).sum()
-        images = hits.new_tensor(len(labels))
-        sums += torch.stack([margin_loss(lengths, labels) * images, hits, images])
+        count = hits.new_full((), len(labels))
+        sums += torch.stack([margin_loss(lengths, labels) * count, hits, count])
         if one_batch:
             break
     return sums
@@ -183,8 +185,11 @@ CHECKPOINT_TYPES = {
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json")
 COLUMNS = (
     *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),  # accuracies in percent
-    *("lr", "seconds", "images_per_second", "peak_memory_mib"),  # of the training part of the epoch
+    *("lr", "seconds", "images_per_second", "peak_memory_mib"),  # times: of the training part
 )
+
+
+BEST = ("epoch", "val_accuracy", "val_loss")  # what is remembered of the epoch in best.pt
 
 
 @dataclass
@@ -218,9 +223,11 @@ class Training:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter, state in self.optimizer.state.items():
-                if state["exp_avg"].shape != parameter.shape:
-                    raise ValueError("a moment of Adam has another shape than its parameter")
+            moments = self.optimizer.state  # Adam's, of each parameter; empty before the first step
+            if len(moments) != (len(list(self.model.parameters())) if checkpoint["epoch"] else 0):
+                raise ValueError
+            if any(state["exp_avg"].shape != p.shape for p, state in moments.items()):
+                raise ValueError
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             if self.scaler:
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -242,7 +249,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
         raise RunFailed(f"cannot write {path}: {error.strerror}; its old content is kept") from None
 
 
@@ -285,7 +293,10 @@ def load_checkpoint(path: Path, config: dict) -> dict:
         raise UsageError(
             f"--epochs {config['epochs']} is less than the {checkpoint['epoch']} that {path} has"
         )
-    if len(checkpoint["history"]) != checkpoint["epoch"]:
+    rows, best = checkpoint["history"], checkpoint["best"]
+    whole = len(rows) == checkpoint["epoch"] and (best is None) == (not rows)
+    whole = whole and all(isinstance(row, dict) and row.keys() == set(COLUMNS) for row in rows)
+    if not whole or (best and best.keys() != set(BEST)):
         raise UsageError(f"{path} is no whole checkpoint: its history does not fit its epoch")
     return checkpoint
 
@@ -299,7 +310,7 @@ def load_config(run_dir: Path) -> dict:
         raise UsageError(f"{run_dir} holds no run: there is no {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is damaged: it is no JSON") from None
     for name, kind in (RECIPE | FREE).items():
         if not isinstance(config, dict) or not isinstance(config.get(name, ...), kind):
@@ -322,12 +333,22 @@ def start_folder(run_dir: Path, training: Training, config: dict) -> None:
     """Make the run folder as it stands before epoch 1, so that every later stop can be resumed."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (*RUN_FILES, "report.json"):
+        for name in (*RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES), "report.json"):
             (run_dir / name).unlink(missing_ok=True)  # --overwrite: nothing of the old run stays
     except OSError as error:
         raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
     save_checkpoint(run_dir / "last.pt", training.state(config))
     write_config(run_dir, config)
+
+
+def begin(run_dir: Path, training: Training, config: dict, resume: bool) -> None:
+    """Make or go on with the run folder, and say what is about to be trained."""
+    if not resume:
+        start_folder(run_dir, training, config)
+    elif training.epoch < config["epochs"]:  # a finished run keeps the record of its machine
+        write_config(run_dir, config)
+        write_metrics(run_dir, training.history)
+    print_intro(config, run_dir, training.epoch)
 
 
 def write_config(run_dir: Path, config: dict) -> None:
@@ -339,10 +360,10 @@ def count_epoch(
     training: Training, config: dict, totals: Totals, validated: list[float], seconds: float
 ) -> None:
     """Add the finished epoch to the history and lower the learning rate."""
-    training.epoch += 1
     loss, hits, images = validated
     if not math.isfinite(loss):
-        raise RunFailed(f"the validation loss is {loss}, epoch {training.epoch}: try a lower --lr")
+        raise RunFailed(f"the validation loss is {loss} in epoch {totals.epoch}: try a lower --lr")
+    training.epoch += 1
     on_gpu = config["device"].startswith("cuda")
     row = {
         "epoch": training.epoch,
@@ -355,10 +376,12 @@ def count_epoch(
         "images_per_second": round(totals.images / seconds, 1),
         "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else "",
     }
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     training.history.append(row)
     training.scheduler.step()
     if training.best is None or row["val_accuracy"] > training.best["val_accuracy"]:  # tie: earlier
-        training.best = {name: row[name] for name in ("epoch", "val_accuracy", "val_loss")}
+        training.best = {name: row[name] for name in BEST}
 
 
 def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
@@ -440,7 +463,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 def build_parser(description: str) -> Parser:
     """The flags that both training scripts have."""
     parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    flag, count = parser.add_argument, number(int, 1)
+    flag, count = parser.add_argument, number(int, 1, 10**6)
     flag("--model", choices=MODELS, help="which network; needed to start a run")
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
          help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
@@ -457,7 +480,7 @@ def build_parser(description: str) -> Parser:
     flag("--device", help="cpu, cuda, cuda:1 ...; if not given, the GPU where there is one")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile: minutes at the start, faster steps after it")
-    flag("--dry-run", action="store_true", help="one batch through everything; leaves no folder")
+    flag("--dry-run", action="store_true", help="one batch through everything; no run is kept")
     flag("--run-dir", type=Path, help="if not given, runs/<model>-<script>[-digits][-seedN]")
     flag("--resume", action="store_true", help="go on with the run in the run folder")
     flag("--overwrite", action="store_true", help="start anew where the folder holds a run")
@@ -466,29 +489,34 @@ def build_parser(description: str) -> Parser:
 
 def find_device(name: str | None) -> torch.device:
     """The device of that name, or the best one there is; UsageError if it is missing."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found if found and found.type == "cuda" else torch.device("cpu")
     try:
         device = torch.device(name or best)
     except RuntimeError:
         raise UsageError(f"{name!r} is no device: try --device {best}") from None
-    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    if device.type not in ("cpu", best.type) or (device.index or 0) >= count:
+    there = found and device.type == found.type
+    if there:
+        there = (device.index or 0) < torch.accelerator.device_count()
+    if device.type != "cpu" and not there:
         raise UsageError(f"this machine has no device {name}: try --device {best}")
+    if device.type not in ("cpu", "cuda"):
+        print(f"note: this code is untested on {device.type}")
     return device
 
 
-def plan_run(parser: Parser, fixed: dict, restarted: bool = False) -> tuple[dict, Path, bool]:
+def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, bool]:
     """The command line as (config, run folder, whether to resume). Checks; writes no run.
 
     `fixed` is what no flag chooses: the script, the world size. MNIST may be downloaded here.
-    `restarted` by torchrun, the same command goes on with the run that it began, if it did.
+    find_begun(config, run_dir) may name a folder to resume though no --resume was given.
     """
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults))  # so that flags not given stay None
     given = {k: v for k, v in vars(parser.parse_args(namespace=unset)).items() if v is not None}
     config = {**defaults, **given, **fixed}
     resume, overwrite, run_dir = (config.pop(k) for k in ("resume", "overwrite", "run_dir"))
-    if restarted and (begun := run_begun_by(config, run_dir)):
+    if find_begun and (begun := find_begun(config, run_dir)):
         resume, overwrite, run_dir = True, False, begun
     if resume:
         if overwrite or config["dry_run"]:
@@ -501,7 +529,8 @@ def plan_run(parser: Parser, fixed: dict, restarted: bool = False) -> tuple[dict
     if config["dry_run"]:
         config["epochs"] = 1
         run_dir = run_dir or throwaway_folder()
-    check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
+    if run_dir or config["dataset"] != "auto":  # before a download, if it can be told
+        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
     name, reason = resolve_dataset(config["dataset"], config["data_dir"])
     config |= {"dataset": name, "fallback_reason": reason}
     run_dir = run_dir or default_folder(config, name)
@@ -555,20 +584,13 @@ def find_run(config: dict) -> Path:
     return found[0]
 
 
-def run_begun_by(config: dict, run_dir: Path | None) -> Path | None:
-    """The folder of the run that this launch of torchrun began before it was restarted."""
-    for folder in (run_dir,) if run_dir else possible_folders(config):
-        whole = (folder / "last.pt").exists() and (folder / "config.json").exists()
-        if whole and load_config(folder).get("launch") == config["launch"]:
-            return folder
-    return None
-
-
 def recorded_config(run_dir: Path, given: dict) -> dict:
     """The config of the run to resume, with those flags changed that may change."""
     config = load_config(run_dir)
     if given["script"] != config["script"]:
         raise UsageError(f"{run_dir} was made by train_{config['script']}.py: resume it with that")
+    if config["dry_run"]:
+        raise UsageError(f"{run_dir} is of a dry run: there is nothing to go on with")
     if given.get("dataset") == "auto":
         del given["dataset"]  # what auto meant then is recorded; it is not asked again
     for name in RECIPE:
@@ -619,6 +641,7 @@ def keep_freed_memory() -> None:
 def make_training(config: dict, device: torch.device) -> Training:
     """Model, optimizer and learning rate schedule of the report's recipe, before epoch 1."""
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose name and memory are recorded
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, but much faster
     torch.manual_seed(config["seed"])
     # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory, as
@@ -629,7 +652,7 @@ def make_training(config: dict, device: torch.device) -> Training:
         # size (32, the short last batch, validation) instead of a slower one for all sizes.
         compilers = os.environ.get("CXX", "c++"), "g++", "clang++"
         if device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise UsageError("--compile needs a C++ compiler on the CPU: install g++, or leave it out")
+            raise UsageError("--compile needs a C++ compiler for the CPU: install g++, or omit it")
         model.compile(dynamic=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
@@ -668,8 +691,9 @@ def cpu_name() -> str:
 def git_commit() -> str | None:
     """The commit of this code, marked "+" if it was changed since; None outside of git."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
-        answer = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True)
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        here = Path(__file__).parent
+        answer = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
@@ -719,8 +743,8 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def resumable(run_dir: Path, launcher: str | None = "python train_single.py"):
-    """On Ctrl-C or SIGTERM say how to go on (not without a launcher)."""
+def resumable(run_dir: Path, launcher: str | None):
+    """On Ctrl-C or SIGTERM say how to go on; launcher: the command before its flags, or None."""
     try:
         yield
     except (KeyboardInterrupt, Terminated):
@@ -731,29 +755,38 @@ def resumable(run_dir: Path, launcher: str | None = "python train_single.py"):
 
 
 def run_main(main, quiet: bool = False) -> None:
-    """Call main; whatever ends it becomes one line (unless quiet) and an exit code.
+    """Call main; whatever ends it becomes one line and an exit code.
 
-    0 done, 1 the run failed, 2 wrong use, 130 Ctrl-C, 143 SIGTERM. A traceback means a bug.
+    0 done, 1 the run failed, 2 wrong use, 130 Ctrl-C, 143 SIGTERM. A traceback means a bug. `quiet`
+    processes leave it to rank 0 to print what all ranks know.
     """
 
-    def leave(code: int, message: str):
-        if not quiet:
+    def leave(code: int, message: str, everyone_knows: bool = True):
+        if not (quiet and everyone_knows):
             print(message, file=sys.stderr)
         sys.exit(code)
 
-    def terminate(*_):
-        raise Terminated
+    def stop(number, _):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break the clean way out
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    signal.signal(signal.SIGTERM, terminate)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     keep_freed_memory()
     try:
         main()
     except (UsageError, DataError) as error:
         leave(2, f"error: {error}")
     except RunFailed as error:
-        leave(1, f"failed: {error}")
+        leave(1, f"failed: {error}", everyone_knows=error.everyone_knows)
     except torch.OutOfMemoryError:
-        leave(1, "failed: the GPU's memory is full: try a smaller --batch-size")
+        leave(1, "failed: the GPU's memory is full: try a smaller --batch-size", False)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a path that cannot be looked at: no permission, too long a name
+        leave(2, f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Terminated:
@@ -768,13 +801,8 @@ def main() -> None:
     if resume:
         training.restore(load_checkpoint(run_dir / "last.pt", config), run_dir / "last.pt")
     config |= describe(config, training, datasets)
-    with resumable(run_dir):
-        if resume:
-            write_config(run_dir, config)
-            write_metrics(run_dir, training.history)
-        else:
-            start_folder(run_dir, training, config)
-        print_intro(config, run_dir, training.epoch)
+    with resumable(run_dir, None if config["dry_run"] else "python train_single.py"):
+        begin(run_dir, training, config, resume)
         while training.epoch < config["epochs"]:
             start = time.perf_counter()
             totals = train_one_epoch(training, train_set, config)

@@ -378,7 +378,8 @@ def report_table(result: dict) -> str:
     }
     rows = [row | {"part": title} for key, title in parts.items() for row in result[key]]
     sooner = markdown({
-        "accuracy reached": "{accuracy:.1f} %", "the report's code": "{report_seconds:,.0f} s, {report}",
+        "accuracy reached": "{accuracy:.1f} %",
+        "the report's code": "{report_seconds:,.0f} s, {report}",
         "ours": "{ours_seconds:,.0f} s", "sooner": "{times_sooner:g}x",
     }, result["time_to_accuracy"]["rows"])
     return sooner + "\n" + markdown({
