@@ -104,6 +104,7 @@ def train_one_epoch(
     with progress_bar(epoch, config["epochs"], sampler.total_size, hidden=RANK > 0) as bar:
         totals = GlobalTotals(epoch, bar)
         for step, (images, labels) in enumerate(loader):
+            # The group's first image: step 5 of batch 16, 2 steps a group: 5 * 16 // 32 * 32 = 64.
             first = step * config["batch_size"] // group_size * group_size
             group = min(group_size, len(sampler) - first)  # images; the last group may be short
             last_of_group = (step + 1) * config["batch_size"] >= first + group or config["dry_run"]

@@ -42,9 +42,24 @@ def kept_rows() -> list[dict]:
     return evaluate.make_rows([run | {"report": evaluate.read_report(run)} for run in runs])
 
 
+def headline(rows: list[dict]) -> str:
+    """The highest test accuracy of each network, in a line each."""
+    text = ""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        row = max((row for row in rows if row["model"] == model), key=lambda r: r["accuracy"])
+        report = row["report_accuracy"]
+        text += (
+            f"- **{model}: {row['accuracy']:.2f} %** of the test digits ({row['runs']} run(s), "
+            f"{row['setup']}, {row['epochs']} epoch(s) of {row['train_images']:,} digits, "
+            f"{row['hardware']}); the report: {report:.2f} % after {row['report_epochs']} epochs\n"
+        )
+    return text
+
+
 def sections(rows: list[dict]) -> dict[str, str]:
     """Marker's name -> the Markdown between the markers."""
     return {
+        "headline": headline(rows),
         "accuracy": evaluate.results_table(rows),
         "cost": evaluate.cost_table(rows),
         "claims": evaluate.claims_table(rows),
