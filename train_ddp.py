@@ -190,7 +190,7 @@ def agree(work, rank0_only: bool = False):
     if RANK == 0 or not rank0_only:
         try:
             result = work()
-        except (UsageError, DataError, RunFailed) as failure:
+        except (UsageError, DataError, RunFailed, OSError) as failure:
             error = failure
     outcomes = [None] * WORLD_SIZE
     dist.all_gather_object(outcomes, error)
