@@ -37,7 +37,7 @@ from capsules import capsule_lengths
 from data import load, prepare
 from train_single import UsageError, build_model, find_device, load_checkpoint
 
-NAMES = {"alexcaps": "AlexCapsNet", "rescaps": "ResCapsNet"}
+NAMES = {name: network.__name__ for name, network in train_single.MODELS.items()}
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
 ROUTED = 20  # test digits of each class whose couplings are averaged for routing.png

@@ -495,10 +495,8 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(name or best)
     except RuntimeError:
         raise UsageError(f"{name!r} is no device: try --device {best}") from None
-    there = found and device.type == found.type
-    if there:
-        there = (device.index or 0) < torch.accelerator.device_count()
-    if device.type != "cpu" and not there:
+    count = torch.accelerator.device_count() if found and device.type == found.type else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
         raise UsageError(f"this machine has no device {name}: try --device {best}")
     if device.type not in ("cpu", "cuda"):
         print(f"note: this code is untested on {device.type}")
