@@ -173,20 +173,27 @@ def _digits(test: bool) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------
 
 
-def prepare(images: Tensor, model, degrees: Tensor | None = None) -> Tensor:
+def prepare(
+    images: Tensor, model, degrees: Tensor | None = None, shifts: Tensor | None = None
+) -> Tensor:
     """uint8 [B, 28, 28] -> what `model` wants: float32 [B, 1, side, side], rotated, standardised.
 
-    degrees [B] turns each image by its own angle, counter-clockwise as torchvision's rotate does.
-    Rotation and resize are ONE bilinear grid_sample; standardisation comes after it, so that the
-    corners which turn into the picture are black (0) and not grey (mean).
+    shifts [B, 2] moves each image by its own pixels, of 28, to the right and down; then degrees [B]
+    turns it by its own angle, counter-clockwise as torchvision's rotate does. Shift, rotation and
+    resize are ONE bilinear grid_sample; standardisation comes after it, so that the corners which
+    turn into the picture are black (0) and not grey (mean).
     """
     x = images.unsqueeze(1).float() / 255  # [B, 28, 28] -> [B, 1, 28, 28] in 0..1
-    if degrees is not None or model.side != x.shape[-1]:
-        angle = torch.zeros(len(x), device=x.device) if degrees is None else torch.deg2rad(degrees)
-        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        # Each OUTPUT place (x, y) asks where it comes from: (x cos - y sin, x sin + y cos). The y
-        # axis points down, hence this matrix turns the picture counter-clockwise.
-        theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    if degrees is not None or shifts is not None or model.side != x.shape[-1]:
+        zero = torch.zeros(len(x), device=x.device)
+        angle = zero if degrees is None else torch.deg2rad(degrees)
+        cos, sin = angle.cos(), angle.sin()
+        # grid_sample's coordinates run from -1 to 1, so a pixel is 2 / 28 wide
+        right, down = (zero, zero) if shifts is None else (shifts * (2 / x.shape[-1])).unbind(1)
+        # Each OUTPUT place (x, y) asks where it comes from: (x cos - y sin, x sin + y cos), and
+        # before the shift, `right` further left. The y axis points down, hence this matrix turns
+        # the picture counter-clockwise.
+        theta = torch.stack([cos, -sin, -right, sin, cos, -down], dim=1).view(-1, 2, 3)
         grid = F.affine_grid(theta, [len(x), 1, model.side, model.side], align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (x - model.mean) / model.std
@@ -200,21 +207,24 @@ def epoch_seed(seed: int, epoch: int) -> int:
 class DigitBatches(Dataset):
     """Labelled digits that a DataLoader asks for by whole batches.
 
-    With `rotate` > 0 every image has one angle per epoch, drawn together for ALL images from
-    (seed, epoch) and indexed by image: who computes an image does not change what it looks like.
+    With `rotate` or `shift` > 0 every image has one angle and one shift per epoch, drawn together
+    for ALL images from (seed, epoch) and indexed by image: who computes an image does not change
+    what it looks like.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, model, device, rotate: float = 0.0):
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.model, self.rotate, self.degrees = model, rotate, None
+    def __init__(self, images: Tensor, labels: Tensor, model, device, rotate=0.0, shift=0.0):
+        self.images, self.labels, self.model = images.to(device), labels.to(device), model
+        self.rotate, self.shift = rotate, shift  # at most: degrees, pixels
+        self.degrees, self.shifts = None, None  # of each image in this epoch: [n], [n, 2]
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw this epoch's angles, uniform in -rotate..rotate degrees."""
-        if self.rotate > 0:
+        """Draw this epoch's angles, uniform in ±rotate degrees, and shifts, in ±shift pixels."""
+        if self.rotate > 0 or self.shift > 0:
             # Another stream than the permutation's, which is seeded with epoch_seed itself.
             generator = torch.Generator().manual_seed(epoch_seed(seed, epoch) + (1 << 40))
-            uniform = torch.rand(len(self.labels), generator=generator)
-            self.degrees = ((2 * uniform - 1) * self.rotate).to(self.labels.device)
+            uniform = 2 * torch.rand(3, len(self.labels), generator=generator) - 1
+            self.degrees = (uniform[0] * self.rotate).to(self.labels.device)
+            self.shifts = (uniform[1:].T * self.shift).to(self.labels.device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -224,8 +234,10 @@ class DigitBatches(Dataset):
         device = self.labels.device  # from pinned memory the copy to a GPU keeps no one waiting
         chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
         chosen = chosen.to(device, non_blocking=True)
-        degrees = None if self.degrees is None else self.degrees[chosen]
-        return prepare(self.images[chosen], self.model, degrees), self.labels[chosen]
+        images, labels = self.images[chosen], self.labels[chosen]
+        if self.degrees is None:
+            return prepare(images, self.model), labels
+        return prepare(images, self.model, self.degrees[chosen], self.shifts[chosen]), labels
 
 
 def as_batch(batch):

@@ -207,11 +207,11 @@ def arrows(values: list[float]) -> str:
 # Runs alike in these, and in the number of finished epochs, differ only in their seed: one row.
 SETTINGS = (
     *("model", "script", "dataset", "world_size", "precision", "effective_batch", "batch_size"),
-    *("accumulation_steps", "sync_bn", "lr", "rotate", "routing_iterations", "train_images"),
-    *("device_name", "compile"),
+    *("accumulation_steps", "sync_bn", "lr", "rotate", "shift", "routing_iterations"),
+    *("train_images", "device_name", "compile"),
 )
 # Rows are compared only if they are alike: in what is learned from, in what makes a step ...
-RECIPE = ("dataset", "train_images", "rotate", "routing_iterations", "lr")
+RECIPE = ("dataset", "train_images", "rotate", "shift", "routing_iterations", "lr")
 STEP = ("world_size", "effective_batch", "precision")
 MACHINE = ("hardware", "compile")  # ... and, for times, in what computes it
 # Columns of comparison.csv: heading and number format in comparison.md
@@ -264,12 +264,19 @@ def make_rows(runs: list[dict]) -> list[dict]:
             raise UsageError(f"{twin['folder']} and {run['folder']}: same settings, same seed")
     rows = [summarise(list(seeds.values())) for seeds in groups.values()]
     rows.sort(key=lambda row: (row["model"], row["world_size"], row["script"] != "single"))
-    others = ("accumulation_steps", "sync_bn", "lr", "rotate", "routing_iterations", "compile")
     for row in rows:
-        more = [f"{k.replace('_', ' ')} {row[k]}" for k in others if len({r[k] for r in rows}) > 1]
-        row["setup"] = ", ".join([row["setup"], *more])
+        row["setup"] = ", ".join([row["setup"], *unusual(row)])
         row["speed_up"] = speed_up(row, rows)
     return rows
+
+
+def unusual(config: dict) -> list[str]:
+    """What a run does otherwise than the scripts do by themselves, as flags: "--shift 2" ..."""
+    usual = vars(train_single.build_parser("").parse_args([])) | train_single.FIXED
+    flags = ("accumulation_steps", "sync_bn", "lr", "rotate", "shift", "routing_iterations")
+    flags = [name for name in (*flags, "compile") if config[name] != usual[name]]
+    values = ("" if config[name] is True else f" {config[name]:g}" for name in flags)
+    return [f"--{name.replace('_', '-')}{value}" for name, value in zip(flags, values)]
 
 
 def summarise(runs: list[dict]) -> dict:

@@ -319,6 +319,24 @@ def test_rotation_is_torchvisions_and_each_image_has_its_own_angle():
     assert (ours[1] - data.prepare(images[1:2], Plain, -degrees[1:2])[0]).abs().max() > 0.3
 
 
+@pytest.mark.parametrize("side", [28, 78])
+def test_a_shift_moves_right_and_down_before_the_rotation(side):
+    class Wide(Plain):
+        pass
+
+    Wide.side = side
+    images = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    images[:, 6:-6, 6:-6] = torch.randint(256, (3, 16, 16))  # far from the edges
+    shifts = torch.tensor([[2.0, -3.0], [0.0, 0.0], [-1.0, 4.0]])
+    moved = [image.roll((int(y), int(x)), (0, 1)) for image, (x, y) in zip(images, shifts)]
+    moved = torch.stack(moved)  # rows down, columns to the right
+    ours = data.prepare(images, Wide, shifts=shifts)
+    torch.testing.assert_close(ours, data.prepare(moved, Wide), rtol=0, atol=1e-4)
+    degrees = torch.tensor([30.0, -20.0, 75.0])
+    turned = data.prepare(images, Wide, degrees, shifts)
+    torch.testing.assert_close(turned, data.prepare(moved, Wide, degrees), rtol=0, atol=1e-4)
+
+
 def test_resize_is_bilinear_and_corners_stay_black():
     images, _ = data.load("digits", "", "train")
     ours = data.prepare(images[:3], ResCapsNet)
@@ -345,7 +363,7 @@ def test_parts_are_disjoint_stable_and_stratified():
 
 def test_samplers_agree_and_angles_depend_on_seed_and_epoch_alone():
     images, labels = data.load("digits", "", "train")
-    dataset = data.DigitBatches(images, labels, AlexCapsNet, "cpu", rotate=10)
+    dataset = data.DigitBatches(images, labels, AlexCapsNet, "cpu", rotate=10, shift=2)
     for seed, epoch in ((0, 1), (3, 2)):
         generator = torch.Generator().manual_seed(data.epoch_seed(seed, epoch))
         alone = list(RandomSampler(dataset, generator=generator))
@@ -357,12 +375,14 @@ def test_samplers_agree_and_angles_depend_on_seed_and_epoch_alone():
         zipped = [i for pair in zip(*shares, strict=True) for i in pair]
         assert zipped[: len(alone)] == alone
     dataset.set_epoch(0, 1)
-    first = dataset.degrees
-    assert first.abs().max() <= 10 and first.min() < -9 and first.max() > 9
+    first = torch.cat([dataset.degrees.unsqueeze(1), dataset.shifts], dim=1)  # [n, 3]
+    for drawn, limit in zip(first.T, (10, 2, 2), strict=True):
+        assert drawn.abs().max() <= limit and drawn.min() < -0.9 * limit < 0.9 * limit < drawn.max()
+    assert first.T.corrcoef().triu(1).abs().max() < 0.1  # each is drawn for itself
     dataset.set_epoch(0, 2)
-    assert not torch.equal(dataset.degrees, first)
+    assert not torch.equal(dataset.degrees, first[:, 0])
     dataset.set_epoch(0, 1)
-    assert torch.equal(dataset.degrees, first)
+    assert torch.equal(dataset.degrees, first[:, 0]) and torch.equal(dataset.shifts, first[:, 1:])
     whole = dataset.__getitems__(list(range(10)))[0]
     torch.testing.assert_close(dataset.__getitems__([7])[0], whole[7:8])
 
@@ -480,6 +500,7 @@ def test_offline_first_run(tmp_path):
                 "--routing-iterations": ["0", "inf"],
                 "--lr": ["0", "-0.1", "nan", "inf", "x"],
                 "--rotate": ["-1", "nan", "181"],
+                "--shift": ["-1", "nan", "15"],
                 "--seed": ["-1"],
                 "--train-size": ["0"],
             }.items()
@@ -985,7 +1006,7 @@ def archived_run(folder, accuracy=99.0, curve=(97.0, 98.5, 99.0), speed=100.0, *
     config = {
         "model": "alexcaps", "dataset": "mnist", "fallback_reason": "", "data_dir": "data",
         "epochs": len(curve), "batch_size": 32, "lr": 1e-3, "routing_iterations": 3,
-        "rotate": 10.0, "train_size": None, "seed": 0, "device": "cuda", "compile": False,
+        "rotate": 10.0, "shift": 0.0, "train_size": None, "seed": 0, "device": "cuda", "compile": False,
         "dry_run": False, "script": "single", "world_size": 1, "accumulation_steps": 1,
         "precision": "fp32", "sync_bn": False, "parameters": 2_677_696, "train_images": 55_000,
         "device_name": "A100", "device_count": 1, "cores": 8, "threads": 4,
@@ -1162,7 +1183,7 @@ def test_seeds_make_one_row(tmp_path, evaluated):
     assert float(row["epochs_to_target"]) == pytest.approx(5 / 3)
     assert (row["report_accuracy"], row["report_epochs"]) == ("98.06", "10")
     assert (other["accuracy_std"], other["epochs_to_target"]) == ("", "inf")
-    assert (row["setup"], other["setup"]) == ("single, lr 0.001", "single, lr 0.01")
+    assert (row["setup"], other["setup"]) == ("single", "single, --lr 0.01")
     text, rows = (out / "comparison.md").read_text(), comparison_rows(*folders)
     assert "99.30 ± 0.36" in text
     for table in (evaluate.results_table, evaluate.cost_table, evaluate.claims_table):

@@ -413,6 +413,7 @@ RECIPE = {
     "lr": (int, float),
     "routing_iterations": int,
     "rotate": (int, float),
+    "shift": (int, float),
     "train_size": (int, type(None)),
     "seed": int,
     "dry_run": bool,
@@ -475,8 +476,10 @@ def build_parser(description: str) -> Parser:
     flag("--routing-iterations", type=count, default=3, help="of dynamic routing")
     flag("--rotate", type=number(float, 0, 180), default=10.0,
          help="training images are turned by up to this many degrees, either way")
+    flag("--shift", type=number(float, 0, 14), default=0.0,
+         help="and moved by up to this many pixels, in each direction")
     flag("--train-size", type=count, help="train on the first N images; for a quick try")
-    flag("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order and angles")
+    flag("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, angles and shifts")
     flag("--device", help="cpu, cuda, cuda:1 ...; if not given, the GPU where there is one")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile: minutes at the start, faster steps after it")
@@ -615,7 +618,8 @@ def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, Dig
     size = config["train_size"] or len(labels)
     if size > len(labels):
         raise UsageError(f"--train-size {size} is more than the {len(labels):,} images of {name}")
-    train_set = DigitBatches(images[:size], labels[:size], model, device, config["rotate"])
+    augmentation = config["rotate"], config["shift"]
+    train_set = DigitBatches(images[:size], labels[:size], model, device, *augmentation)
     return train_set, DigitBatches(*load(name, data_dir, "validation"), model, device)
 
 
@@ -705,7 +709,7 @@ def print_intro(config: dict, run_dir: Path, epoch: int) -> None:
         f"{config['routing_iterations']} routing iterations\n"
         f"data: {config['dataset']}, {config['train_images']:,} training and "
         f"{config['validation_images']:,} validation images, rotated by up to "
-        f"{config['rotate']:g} degrees\n"
+        f"{config['rotate']:g} degrees, moved by up to {config['shift']:g} pixels\n"
         f"effective batch size {config['effective_batch']} = {config['batch_size']} images x "
         f"{config['world_size']} process(es) x {config['accumulation_steps']} accumulation "
         f"step(s), learning rate {config['lr']:g}, times 0.7 every 2 epochs\n"
