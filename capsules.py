@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 # Inside every root: keeps the value AND the gradient finite where a capsule is the zero vector,
-# since d sqrt(x)/dx is infinite at 0. Far below any |s|^2 that matters, far above float32's zero.
+# since d sqrt(x)/dx is infinite at 0. Far below any |s|^2 that matters, far above the smallest
+# number that float32 has (1e-38).
 EPSILON = 1e-12
 
 
@@ -27,7 +28,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     """Half precision goes up to float32; float32 and float64 stay as they are.
 
     Mixed precision may compute the votes in 16 bits. What follows may not: float16 overflows when
-    it squares 256, and bfloat16 keeps 8 bits, too few to tell apart nearly equal lengths.
+    it squares 256, and bfloat16 keeps 8 significant bits, too few for nearly equal lengths.
     """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -53,8 +54,11 @@ def dynamic_routing(
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Routing by agreement, [S17] procedure 1: votes [B, J, N, D] -> digit capsules [B, J, D].
 
-    With return_couplings, also the coupling coefficients c of every iteration, each [B, J, N].
-    Gradients flow through all iterations, and each image is routed alone: no sum below runs over B.
+    votes[:, j, i] is u^_j|i: what primary capsule i says that digit capsule j should be (they are
+    made in DigitCapsules). A vote that agrees with the present v_j counts more in the next
+    iteration. With return_couplings, also the coupling coefficients c of every iteration, each
+    [B, J, N]. Gradients flow through all iterations, and each image is routed alone: no sum below
+    runs over B.
 
     The layout [B, J, N, D] is what makes this fast: both sums of the procedure go through memory in
     order, and the one over i is a batched matrix product, which stores no [B, J, N, D] product.
@@ -107,20 +111,24 @@ class DigitCapsules(nn.Module):
     def __init__(self, n: int, i: int, j: int = 10, d: int = 16, iterations: int = 3):
         super().__init__()
         self.j, self.d, self.iterations = j, d, iterations
-        # weight[i] holds W_i1 .. W_iJ side by side, so that one product makes all J votes of i.
+        # n, i, j, d are the sizes N, I, J, D. weight[k] holds W_k1 .. W_kJ of primary capsule k
+        # side by side, each transposed, [I, D]: one product makes all its J votes.
         self.weight = nn.Parameter(torch.empty(n, i, j * d))
-        # START ALIVE. In iteration 1, s_j is a sum of N votes over J, so
+        # START ALIVE. Each number of a vote has variance std^2 |u|^2; in iteration 1, s_j is a sum
+        # of N independent votes over J, and has D numbers:
         #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2        with |u| near 1 (PrimaryCapsules squashes)
-        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25) = 0.04, below m- = 0.1, the margin of
-        # an absent digit: nine digits start at no loss, for every image, and the true one pulls at
-        # full slope. Much smaller, and the gradient, which shrinks with |s_j|, leaves training on a
-        # plateau at 10 %; larger, and nine wrong capsules must first be pushed down.
+        # We want |s_j| = 1/5: then |v_j| = (1/25) / (1 + 1/25), about 0.04, below m- = 0.1, the
+        # margin of an absent digit: nine digits start at no loss, for every image, and the true
+        # one's, (0.9 - 0.04)^2, is near its steepest. Much smaller, and the gradient, which shrinks
+        # with |s_j|, leaves training on a plateau at 10 %; larger, and nine wrong capsules must
+        # first be pushed down.
         nn.init.normal_(self.weight, std=j / (5 * math.sqrt(d * n)))
 
     def forward(self, u: Tensor, return_couplings: bool = False):
         #   u^_j|i = W_ij u_i                                                  [S17] eq. 2
         # as a batch of N products, [B, I] @ [I, J*D]. W is used where it lies: tiling it once per
-        # image, as many implementations do, copies B times its 0.6 to 6.6 MB.
+        # image, as many implementations do, copies B times its 0.7 to 6.6 MB. (squash gives float32
+        # even where the weights are of 16 bits, hence .to.)
         votes = torch.bmm(u.transpose(0, 1).to(self.weight.dtype), self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.j, self.d))  # [N, B, J*D] -> [N, B, J, D]
         votes = votes.permute(1, 2, 0, 3).contiguous()  # [N, B, J, D] -> [B, J, N, D]
@@ -133,14 +141,13 @@ def initialise_convolutions(model: nn.Module) -> None:
     """Kaiming-normal weights and zero biases for every convolution, [H15] eq. 10.
 
     ReLU halves the second moment of its input; a variance of 2 / fan_in gives it back, layer after
-    layer. PyTorch's default has a sixth of that variance: after AlexCapsNet's five convolutions the
-    capsules would start with lengths near 1e-4, where squash is flat.
+    layer. PyTorch's default has a sixth of that variance: AlexCapsNet would start with primary
+    capsules of length 0.01 and digit capsules of 0.00001, where squash is flat.
 
-    The convolution of the primary capsules starts twice as wide: |u| is then near 1, as
-    DigitCapsules wants it, and Adam, whose steps do not grow with the weights, turns capsules half
-    as fast.
-    Accuracy over the first 100 steps (batch 32): AlexCapsNet 32 -> 35 % in the worst of four seeds,
-    ResCapsNet 74 -> 81 %.
+    The convolution of the primary capsules gets twice that standard deviation: then even the
+    weakest capsule has |u| near 1, as DigitCapsules assumes, and a step of Adam, whose size does
+    not depend on the weights', turns a capsule by half the angle. Accuracy over the first 100 steps
+    (batch 32): AlexCapsNet 32 -> 35 % in the worst of four seeds, ResCapsNet 74 -> 81 %.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

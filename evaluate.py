@@ -67,7 +67,7 @@ def read_run(folder: Path) -> dict:
 
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of an accuracy, in percent. Unlike p ± 1.96 s it is right near 100 %, too."""
+    """95 % interval of an accuracy, in percent. p ± z sqrt(p (1 - p) / n) fails near 100 %."""
     p, shrink = correct / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -211,7 +211,7 @@ SETTINGS = (
     *("train_images", "device_name", "compile"),
 )
 # Rows are compared only if they are alike: in what is learned from, in what makes a step ...
-RECIPE = ("dataset", "train_images", "rotate", "shift", "routing_iterations", "lr")
+LEARNED = ("dataset", "train_images", "rotate", "shift", "routing_iterations", "lr")
 STEP = ("world_size", "effective_batch", "precision")
 MACHINE = ("hardware", "compile")  # ... and, for times, in what computes it
 # Columns of comparison.csv: heading and number format in comparison.md
@@ -221,6 +221,7 @@ RUN_COLUMNS = {
 }
 RESULT_COLUMNS = RUN_COLUMNS | {
     "train_images": ("training images", ","), "epochs": ("epochs", ""), "runs": ("runs", ""),
+    "val_accuracy": ("validation accuracy in %", ".2f"),
     "accuracy": ("**test accuracy in %**", ".2f"),
     "interval_low": ("95 % interval from", ".2f"), "interval_high": ("to", ".2f"),
     "report_accuracy": ("the report's", ".2f"), "report_epochs": ("its epochs", ""),
@@ -244,7 +245,8 @@ def read_report(run: dict) -> dict | None:
     try:
         report = json.loads(path.read_text())
         ours = all(report[k] == run["config"][k] for k in ("model", "dataset", "seed"))
-        ours = ours and {"accuracy", "errors", "test_images", "flops_per_image"} <= report.keys()
+        needed = {"accuracy", "errors", "test_images", "flops_per_image", "rotation"}
+        ours = ours and needed <= report.keys()
         if ours and (not best.exists() or report["checkpoint"] == fingerprint(best)):
             return report
     except (OSError, ValueError, KeyError, TypeError):
@@ -300,8 +302,10 @@ def summarise(runs: list[dict]) -> dict:
     figures = {
         "accuracy": [run["report"]["accuracy"] for run in runs],
         "errors": [run["report"]["errors"] for run in runs],
+        "val_accuracy": [max(epoch["val_accuracy"] for epoch in history) for history in histories],
         "best_epoch": [run["report"]["kept_epoch"] for run in runs],
         "epochs_to_target": [min(epochs, default=math.inf) for epochs in reached],
+        **{f"turned_{angle}": turned(runs, angle) for angle in (15, 30, 45)},
         # the median over epochs: the first one warms up, or compiles
         "images_per_second": over_epochs("images_per_second", statistics.median),
         "seconds_per_epoch": over_epochs("seconds", statistics.median),
@@ -315,6 +319,12 @@ def summarise(runs: list[dict]) -> dict:
     return row
 
 
+def turned(runs: list[dict], angle: int) -> list[float]:
+    """Accuracy on the digits turned by this angle either way (see rotation.png), of each run."""
+    found = (run["report"]["rotation"]["accuracy"] for run in runs)
+    return [(by_angle[str(angle)] + by_angle[str(-angle)]) / 2 for by_angle in found]
+
+
 def alike(a: dict, b: dict, *names: str) -> bool:
     return all(a.get(name) == b.get(name) for name in names)
 
@@ -324,7 +334,7 @@ def speed_up(row: dict, rows: list[dict]) -> float | None:
 
     Processes that share a device are no faster device; another batch is another computation.
     """
-    same = ("model", "effective_batch", "precision", *RECIPE, *MACHINE)
+    same = ("model", "effective_batch", "precision", *LEARNED, *MACHINE)
     single = [r for r in rows if r["world_size"] == 1 and alike(row, r, *same)]
     if row["world_size"] == 1 or row["device_count"] < row["world_size"] or not single:
         return None
@@ -387,7 +397,7 @@ def parameters(rows: list[dict], model: dict) -> tuple[float, str]:
 
 
 def epoch_time(rows: list[dict]) -> tuple[float, str]:
-    same = (*RECIPE, *STEP, *MACHINE, "threads", "device_count")
+    same = (*LEARNED, *STEP, *MACHINE, "threads", "device_count")
     alex, res = best_pair(rows, ALEX, RES, *same)
     a, r = alex["seconds_per_epoch"], res["seconds_per_epoch"]
     return a / r, f"{a:,.1f} s / {r:,.1f} s = {a / r:.2f} ({conditions(alex)})"
@@ -403,7 +413,7 @@ def scaling(rows: list[dict], model: dict) -> tuple[float, str]:
 
 
 def ddp_change(rows: list[dict]) -> tuple[float, str]:
-    both = (best_pair(rows, m | {"many": True}, m | {"many": False}, *RECIPE) for m in (ALEX, RES))
+    both = (best_pair(rows, m | {"many": True}, m | {"many": False}, *LEARNED) for m in (ALEX, RES))
     changes = [(*difference(pair), pair[0]["model"]) for pair in both]
     return min(x for x, *_ in changes), "; ".join(f"{name} {text}" for _, text, name in changes)
 
@@ -411,10 +421,10 @@ def ddp_change(rows: list[dict]) -> tuple[float, str]:
 CLAIMS = (  # the report's claim, our metric, when we agree: in words and in code; what measures it
     ("AlexCapsNet converges faster", "validation accuracy after epoch 1, minus ResCapsNet's",
      "above 0 points", lambda x: x > 0,
-     lambda rows: difference(best_pair(rows, ALEX, RES, *RECIPE, *STEP), epochs=1)),
+     lambda rows: difference(best_pair(rows, ALEX, RES, *LEARNED, *STEP), epochs=1)),
     ("ResCapsNet ends slightly more accurate", "test accuracy, ResCapsNet minus AlexCapsNet",
      "0.1 to 2 points", lambda x: 0.1 <= x <= 2,
-     lambda rows: difference(best_pair(rows, RES, ALEX, *RECIPE, *STEP))),
+     lambda rows: difference(best_pair(rows, RES, ALEX, *LEARNED, *STEP))),
     ("AlexCapsNet has tens of millions of parameters", "its parameters",
      "10 million or more", lambda x: x >= 10e6, lambda rows: parameters(rows, ALEX)),
     ("ResCapsNet has a few million parameters", "its parameters",

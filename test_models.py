@@ -1006,10 +1006,11 @@ def archived_run(folder, accuracy=99.0, curve=(97.0, 98.5, 99.0), speed=100.0, *
     config = {
         "model": "alexcaps", "dataset": "mnist", "fallback_reason": "", "data_dir": "data",
         "epochs": len(curve), "batch_size": 32, "lr": 1e-3, "routing_iterations": 3,
-        "rotate": 10.0, "shift": 0.0, "train_size": None, "seed": 0, "device": "cuda", "compile": False,
-        "dry_run": False, "script": "single", "world_size": 1, "accumulation_steps": 1,
-        "precision": "fp32", "sync_bn": False, "parameters": 2_677_696, "train_images": 55_000,
-        "device_name": "A100", "device_count": 1, "cores": 8, "threads": 4,
+        "rotate": 10.0, "shift": 0.0, "train_size": None, "seed": 0, "device": "cuda",
+        "compile": False, "dry_run": False, "script": "single", "world_size": 1,
+        "accumulation_steps": 1, "precision": "fp32", "sync_bn": False,
+        "parameters": 2_677_696, "train_images": 55_000, "device_name": "A100", "device_count": 1,
+        "cores": 8, "threads": 4,
     } | changes
     config["effective_batch"] = config["batch_size"] * config["world_size"]
     report = {
@@ -1017,6 +1018,7 @@ def archived_run(folder, accuracy=99.0, curve=(97.0, 98.5, 99.0), speed=100.0, *
         "accuracy": accuracy, "errors": round(100 * (100 - accuracy)), "test_images": 10_000,
         "kept_epoch": 1 + curve.index(max(curve)), "parameters": config["parameters"],
         "flops_per_image": 261_302_272,
+        "rotation": {"accuracy": {str(angle): 100 - abs(angle) for angle in range(-90, 91, 15)}},
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "report.json").write_text(json.dumps(report))

@@ -5,16 +5,16 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         --rdzv-id=JOB train_ddp.py --model alexcaps               this line on each of two machines
 
-Read train_single.py first; what does not change is imported from it. Every line that distribution
-(# DDP:) or mixed precision (# AMP:) adds is marked, so that grep finds it:
+Read train_single.py first; what does not change is imported from it. What distribution (DDP:) or
+mixed precision (AMP:) adds is marked, in a comment or where a docstring begins, for grep to find:
 
-    # DDP:  the process group and its end on every way out
+    DDP:    the process group and its end on every way out
             which device and how many threads a rank takes
             rank 0 decides, writes and prints; the others are told
             each rank's share of the images, in training and in validation
             gradients averaged over ranks; none sent within an accumulation group
             losses and hits summed over ranks; rank 0's BatchNorm buffers for all
-    # AMP:  autocast around the network
+    AMP:    autocast around the network
             GradScaler around the step (float16 alone needs it)
 """
 
@@ -93,7 +93,8 @@ def train_one_epoch(
     """This rank's share of one epoch; optimizer steps are the same on all ranks."""
     optimizer, scaler, epoch = training.optimizer, training.scaler, training.epoch + 1
     dataset.set_epoch(config["seed"], epoch)
-    # DDP: the permutation of train_single.py, of which rank r takes images r, r + W, r + 2W ...
+    # DDP: the permutation of train_single.py; rank r takes its places r, r + WORLD_SIZE, ... The
+    # sampler adds the epoch to the seed itself, as epoch_seed does.
     sampler = DistributedSampler(dataset, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
@@ -116,10 +117,10 @@ def train_one_epoch(
                 # A micro-batch counts by its share of the group's images. Leaving the division out
                 # would multiply the gradient by the number of micro-batches.
                 share = len(labels) / group
-                scaler.scale(loss * share).backward()  # AMP: keeps float16 gradients above 0
+                scaler.scale(loss * share).backward()  # AMP: small float16 gradients stay above 0
             if last_of_group:
                 scaler.step(optimizer)  # AMP: unscales; skips the step if a gradient overflowed
-                scaler.update()  # AMP: halves the scale after an overflow, doubles it after 2000
+                scaler.update()  # AMP: halves the scale then, doubles it after 2000 good steps
                 optimizer.zero_grad(set_to_none=True)
             totals.add(loss, lengths, labels)
             if config["dry_run"]:
@@ -130,7 +131,8 @@ def train_one_epoch(
 
 def validate_together(model: nn.Module, dataset: DigitBatches, one_batch: bool) -> Tensor:
     """As train_single.validate, each image on exactly one rank, in float32, sums over all ranks."""
-    # DDP: since the last forward pass each rank has running means of its own; rank 0's are saved.
+    # DDP: a forward pass begins with rank 0's BatchNorm buffers; after the last one each rank has
+    # running means of its own. Rank 0's are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # DDP: no DistributedSampler here. It pads the shares to equal length, and some images would
@@ -312,13 +314,13 @@ def run(parser: argparse.ArgumentParser, restarted: bool) -> None:
     config, run_dir, resume = plan_together(parser, restarted)  # DDP:
     device = agree(lambda: pick_device(config))  # DDP:
     agree(lambda: find_data_here(config))  # DDP:
-    datasets = train_set, validation_set = agree(lambda: make_datasets(config, device))
+    datasets = train_set, validation_set = agree(lambda: make_datasets(config, device))  # DDP:
     training = make_training(config, device)
     half = config["precision"] == "fp16"
     training.scaler = torch.amp.GradScaler(device.type, enabled=half)  # AMP: float16 alone needs it
     last = run_dir / "last.pt"
     if resume:
-        agree(lambda: training.restore(load_checkpoint(last, config), last))
+        agree(lambda: training.restore(load_checkpoint(last, config), last))  # DDP:
     model = wrap(training, config, device)  # DDP:
     config |= describe(config, training, datasets, count_devices(device))
     launcher = f"torchrun --nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"

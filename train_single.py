@@ -1,4 +1,4 @@
-"""Train AlexCapsNet or ResCapsNet on one device, in float32.
+"""Train AlexCapsNet or ResCapsNet on one device, in float32 (on a GPU with TF32 products).
 
     python train_single.py --model alexcaps                  20 epochs of MNIST; offline: of digits
     python train_single.py --model rescaps --epochs 3        a shorter run
@@ -59,7 +59,7 @@ class RunFailed(Exception):
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. One epoch and validation
+# 1. One epoch and validation. Start at train_one_epoch: Totals only counts.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -114,11 +114,16 @@ class Totals:
 
 
 def train_one_epoch(training: "Training", dataset: DigitBatches, config: dict) -> Totals:
-    """One pass over the training images, in the order and at the angles of (seed, epoch)."""
+    """One pass over the training images, in the order and at the angles of (seed, epoch).
+
+    `training` holds the model, its optimizer and the epochs finished so far (part 2), `config` the
+    flags (part 3).
+    """
     model, optimizer, epoch = training.model, training.optimizer, training.epoch + 1
     dataset.set_epoch(config["seed"], epoch)
     generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
-    sampler = RandomSampler(dataset, generator=generator)  # a new order in every epoch
+    # Not shuffle=True: with a generator of its own the order follows from (seed, epoch) alone
+    sampler = RandomSampler(dataset, generator=generator)
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
     model.train()
     with progress_bar(epoch, config["epochs"], len(dataset)) as bar:
@@ -142,8 +147,8 @@ def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=Fa
 
     Sums instead of means, so that the shares of several processes can simply be added.
     """
-    model.eval()
-    sampler = range(len(dataset)) if indices is None else indices
+    model.eval()  # BatchNorm: the running statistics, not the batch's
+    sampler = range(len(dataset)) if indices is None else indices  # in order
     loader = DataLoader(dataset, VALIDATION_BATCH, sampler=sampler, collate_fn=as_batch)
     sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     for images, labels in loader:
@@ -348,7 +353,9 @@ def begin(run_dir: Path, training: Training, config: dict, resume: bool) -> None
     elif training.epoch < config["epochs"]:  # a finished run keeps the record of its machine
         write_config(run_dir, config)
         write_metrics(run_dir, training.history)
-    print_intro(config, run_dir, training.epoch)
+    say_fallback(config)
+    resumed = f", resumed after epoch {training.epoch}" if training.epoch else ""
+    print(f"{intro(config)}\nrun folder: {run_dir}{resumed}", flush=True)
 
 
 def write_config(run_dir: Path, config: dict) -> None:
@@ -391,12 +398,16 @@ def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
         save_checkpoint(run_dir / "best.pt", state)
     save_checkpoint(run_dir / "last.pt", state)
     write_metrics(run_dir, training.history)
-    print(
-        f"epoch {row['epoch']:2d}/{config['epochs']}  training {row['train_loss']:.4f} "
+    print(epoch_line(row, config["epochs"]), flush=True)
+
+
+def epoch_line(row: dict, epochs: int) -> str:
+    """What is printed after each epoch, from its row of metrics.csv."""
+    return (
+        f"epoch {row['epoch']:2.0f}/{epochs}  training {row['train_loss']:.4f} "
         f"{row['train_accuracy']:6.2f} %  validation {row['val_loss']:.4f} "
         f"{row['val_accuracy']:6.2f} %  lr {row['lr']:.2g}  {row['seconds']:.0f} s  "
-        f"{row['images_per_second']:,.0f} images/s",
-        flush=True,
+        f"{row['images_per_second']:,.0f} images/s"
     )
 
 
@@ -479,7 +490,8 @@ def build_parser(description: str) -> Parser:
     flag("--shift", type=number(float, 0, 14), default=0.0,
          help="and moved by up to this many pixels, in each direction")
     flag("--train-size", type=count, help="train on the first N images; for a quick try")
-    flag("--seed", type=number(int, 0, 10**9), default=0, help="of weights, order, angles and shifts")
+    flag("--seed", type=number(int, 0, 10**9), default=0,
+         help="of weights, order, angles and shifts")
     flag("--device", help="cpu, cuda, cuda:1 ...; if not given, the GPU where there is one")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile: minutes at the start, faster steps after it")
@@ -632,7 +644,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel after every step.
 
     Feature maps of 25 MB would be handed back and faulted in again, page by page, in each step.
-    ResCapsNet's step on 2 CPU cores: 214 ms with this, 261 without. Elsewhere it has no effect.
+    ResCapsNet's step on 2 CPU cores takes 18 % less time with this. Elsewhere it has no effect.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -644,7 +656,8 @@ def make_training(config: dict, device: torch.device) -> Training:
     """Model, optimizer and learning rate schedule of the report's recipe, before epoch 1."""
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # whose name and memory are recorded
-        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, but much faster
+        # TF32: products of numbers with 10 bits of mantissa instead of 23, but much faster
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(config["seed"])
     # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory, as
     # oneDNN and cuDNN like it best: a fifth less time per step on a CPU.
@@ -701,10 +714,9 @@ def git_commit() -> str | None:
     return answer.stdout.strip()
 
 
-def print_intro(config: dict, run_dir: Path, epoch: int) -> None:
+def intro(config: dict) -> str:
     """What is about to be trained, on what, and how."""
-    say_fallback(config)
-    print(
+    return (
         f"{MODELS[config['model']].__name__}: {config['parameters']:,} parameters, "
         f"{config['routing_iterations']} routing iterations\n"
         f"data: {config['dataset']}, {config['train_images']:,} training and "
@@ -714,9 +726,7 @@ def print_intro(config: dict, run_dir: Path, epoch: int) -> None:
         f"{config['world_size']} process(es) x {config['accumulation_steps']} accumulation "
         f"step(s), learning rate {config['lr']:g}, times 0.7 every 2 epochs\n"
         f"device: {config['device']} ({config['device_name']}), {config['threads']} thread(s), "
-        f"{config['precision']}{', compiled' if config['compile'] else ''}\n"
-        f"run folder: {run_dir}" + (f", resumed after epoch {epoch}" if epoch else ""),
-        flush=True,
+        f"{config['precision']}{', compiled' if config['compile'] else ''}"
     )
 
 

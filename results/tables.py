@@ -17,52 +17,93 @@ from pathlib import Path
 
 import evaluate
 from results.benchmark import report_table, speed_table
-from train_single import UsageError, run_main, write_text
+from train_single import UsageError, epoch_line, intro, run_main, write_text
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 KEPT = ("config.json", "metrics.csv", "report.json")  # and, for the first seed, the pictures
+HEADLINE = {
+    "model": ("network", ""), "setup": ("trained by", ""), "report_accuracy": ("report, %", ".2f"),
+    "report_epochs": ("epochs", ""), "accuracy": ("**ours, %**", ".2f"), "runs": ("n", ""),
+    "epochs": ("epochs", ""), "train_images": ("digits", ","), "hardware": ("hardware", ""),
+}
+ACCURACY = {
+    name: evaluate.RESULT_COLUMNS[name]
+    for name in (
+        *("model", "setup", "precision", "effective_batch", "epochs", "runs", "val_accuracy"),
+        *("accuracy", "interval_low", "interval_high", "errors", "best_epoch", "epochs_to_target"),
+    )
+}
+ABLATION = {
+    "change": ("changed", ""), "steps": ("steps an epoch", ","), "runs": ("n", ""),
+    "val_accuracy": ("validation, %", ".2f"), "difference": ("minus the first row's", "+.2f"),
+    "accuracy": ("test, %", ".2f"), "turned_15": ("turned by ±15°", ".1f"),
+    "turned_30": ("by ±30°", ".1f"), "turned_45": ("by ±45°", ".1f"),
+}
 
 
 def keep(run_dir: Path) -> None:
     """Copy what stays of a run; UsageError if it has not been evaluated."""
     run = evaluate.read_run(run_dir)
+    if run["config"]["dataset"] != "mnist":
+        raise UsageError(f"{run_dir} is not of MNIST: it cannot stand beside the report's figures")
     if evaluate.read_report(run) is None:
         raise UsageError(f"{run_dir} has no report of its best.pt: run evaluate.py on it first")
-    target = HERE / run_dir.name
-    target.mkdir(exist_ok=True)
-    pictures = run_dir.glob("*.png") if run["config"]["seed"] == 0 else ()
+    ablation = run_dir.absolute().parent.name == "ablation"
+    target = HERE / ("ablation" if ablation else "") / run_dir.name
+    target.mkdir(exist_ok=True, parents=True)
+    pictures = run_dir.glob("*.png") if run["config"]["seed"] == 0 and not ablation else ()
     for path in (*(run_dir / name for name in KEPT), *pictures):
         shutil.copy(path, target / path.name)
 
 
-def kept_rows() -> list[dict]:
-    """The rows of all runs kept here."""
-    runs = [evaluate.read_run(path.parent) for path in sorted(HERE.glob("*/config.json"))]
+def kept_rows(folder: Path = HERE) -> list[dict]:
+    """The rows of all runs kept in a folder."""
+    runs = [evaluate.read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     return evaluate.make_rows([run | {"report": evaluate.read_report(run)} for run in runs])
 
 
 def headline(rows: list[dict]) -> str:
-    """The highest test accuracy of each network, in a line each."""
-    text = ""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        row = max((row for row in rows if row["model"] == model), key=lambda r: r["accuracy"])
-        report = row["report_accuracy"]
-        text += (
-            f"- **{model}: {row['accuracy']:.2f} %** of the test digits ({row['runs']} run(s), "
-            f"{row['setup']}, {row['epochs']} epoch(s) of {row['train_images']:,} digits, "
-            f"{row['hardware']}); the report: {report:.2f} % after {row['report_epochs']} epochs\n"
-        )
-    return text
+    """Of each network and setup the longest training, beside the report's figure."""
+    longest: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: (row["train_images"], row["epochs"])):
+        longest[row["model"], row["setup"]] = row
+    chosen = [row for row in rows if row in longest.values()]
+    return evaluate.results_table(chosen, HEADLINE)
+
+
+def ablation(rows: list[dict]) -> str:
+    """One change at a time; first the runs without any."""
+    for row in rows:
+        row["change"] = " ".join(evaluate.unusual(row))
+        row["steps"] = -(-row["train_images"] // row["effective_batch"])
+    by_number = [(re.split(r"(\d+)", row["change"]), row) for row in rows]
+    by_number.sort(key=lambda pair: [int(x) if x.isdigit() else x for x in pair[0]])
+    rows = [row for _, row in by_number]
+    for row in rows:
+        row["difference"] = row["val_accuracy"] - rows[0]["val_accuracy"]
+        row["change"] = f"`{row['change']}`" if row["change"] else "nothing"
+    rows[0]["difference"] = None
+    return evaluate.results_table(rows, ABLATION)
+
+
+def sample(run_dir: Path) -> str:
+    """What a run printed, from what it left."""
+    run = evaluate.read_run(run_dir)
+    config = run["config"]
+    lines = [epoch_line(row, config["epochs"]) for row in run["history"]]
+    return "\n".join(["```", intro(config), f"run folder: runs/{run_dir.name}", *lines, "```", ""])
 
 
 def sections(rows: list[dict]) -> dict[str, str]:
     """Marker's name -> the Markdown between the markers."""
     return {
         "headline": headline(rows),
-        "accuracy": evaluate.results_table(rows),
+        "accuracy": evaluate.results_table(rows, ACCURACY),
         "cost": evaluate.cost_table(rows),
         "claims": evaluate.claims_table(rows),
+        "sample": sample(HERE / "alexcaps-single"),
+        "ablation": ablation(kept_rows(HERE / "ablation")),
         "speed": "\n".join(
             speed_table(json.loads(path.read_text())) for path in sorted(HERE.glob("speed-*.json"))
         ),
