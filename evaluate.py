@@ -179,7 +179,7 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> dict:
     draw_mistakes(report, lengths, labels, images, out)
     draw_rotation(report, config["rotate"], out)
     draw_routing(report, couplings, images[routed], labels[routed], types, out)
-    train_single.write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    train_single.write_atomically(out / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -239,14 +239,18 @@ COST_COLUMNS = RUN_COLUMNS | {
 }
 
 
+# What the tables take from a report
+NEEDED = ("accuracy", "errors", "test_images", "kept_epoch", "parameters", "flops_per_image",
+          "rotation")
+
+
 def read_report(run: dict) -> dict | None:
     """report.json; None if missing or of another checkpoint. An archived run must have one."""
     path, best = run["folder"] / "report.json", run["folder"] / "best.pt"
     try:
         report = json.loads(path.read_text())
         ours = all(report[k] == run["config"][k] for k in ("model", "dataset", "seed"))
-        needed = {"accuracy", "errors", "test_images", "flops_per_image", "rotation"}
-        ours = ours and needed <= report.keys()
+        ours = ours and set(NEEDED) <= report.keys()
         if ours and (not best.exists() or report["checkpoint"] == fingerprint(best)):
             return report
     except (OSError, ValueError, KeyError, TypeError):
@@ -361,7 +365,7 @@ def best_pair(rows: list[dict], first: dict, second: dict, *same: str) -> tuple[
     ours, others = ([row for row in rows if alike(row, x, *x)] for x in (first, second))
     pairs = [(a, b) for a in ours for b in others if alike(a, b, *same)]
     if not pairs:
-        raise NotMeasured(f"no two such runs alike in {', '.join(same)}")
+        raise NotMeasured(f"no such runs{' alike in ' * bool(same)}{', '.join(same)}")
     return max(pairs, key=merit)
 
 
@@ -586,11 +590,11 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray, out: Path) -
 
 
 def draw_curves(report: dict, history: list[dict], out: Path) -> None:
-    """How training went. Validation may look better: its digits are not rotated, and it comes
+    """How training went. Validation may look better: its digits are not augmented, and it comes
     after the epoch. The gap to training grows when digits are learned by heart."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
     epochs, kept = range(1, len(history) + 1), report["kept_epoch"]
-    styles = {"train": {"color": BLUE, "label": "training (rotated digits, while learning)"},
+    styles = {"train": {"color": BLUE, "label": "training (as augmented, while learning)"},
               "val": {"color": RED, "label": "validation", "linestyle": "--"}}
     for part, style in styles.items():
         axes[0].plot(epochs, [row[f"{part}_loss"] for row in history], marker="o", **style)
@@ -746,7 +750,7 @@ def draw_comparison(rows: list[dict], out: Path) -> None:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = train_single.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    flag, positive = parser.add_argument, train_single.number(int, 1)
+    flag, positive = parser.add_argument, train_single.number(int, 1, 10**6)
     flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     flag("--out", type=Path, help="(default: the run's folder; for several runs: runs/comparison)")
     flag("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
@@ -775,8 +779,8 @@ def main() -> None:
     for run, report in zip(runs, reports):  # one without a report of its checkpoint is evaluated
         run["report"] = report or evaluate_run(run, args, run["folder"])
     rows = make_rows(runs)
-    train_single.write_text(out / "comparison.md", comparison_text(rows))
-    train_single.write_text(out / "comparison.csv", comparison_csv(rows))
+    train_single.write_atomically(out / "comparison.md", comparison_text(rows))
+    train_single.write_atomically(out / "comparison.csv", comparison_csv(rows))
     draw_comparison(rows, out)
     print(f"{comparison_text(rows)}\nwritten to {out}: comparison.md, .csv and .png")
 

@@ -522,7 +522,7 @@ def test_compile_without_a_compiler(tmp_path, single, monkeypatch):
     monkeypatch.setattr(train_single.shutil, "which", lambda _: None)
     code, _, error = single("--model", "alexcaps", *DIGITS, "--compile", "--device", "cpu",
                             "--run-dir", tmp_path / "run")
-    assert_one_line(code, error, "--compile needs a C++ compiler")
+    assert_one_line(code, error, "--compile needs a compiler: install")
 
 
 def test_mnist_without_network_never_falls_back(tmp_path, single, monkeypatch):
@@ -622,7 +622,9 @@ def test_a_checkpoint_of_another_network_does_not_fit(copy, single):
 
 
 def test_resume_of_a_finished_run_and_more_epochs(copy, single):
+    (copy / "metrics.csv").unlink()  # as if killed just before it was written
     assert single("--resume", "--run-dir", copy)[0] == 0
+    assert len((copy / "metrics.csv").read_text().splitlines()) == 3
     code, printed, _ = single("--resume", "--run-dir", copy, "--epochs", 3)
     assert code == 0 and "resumed after epoch 2" in printed
     assert len((copy / "metrics.csv").read_text().splitlines()) == 4
@@ -1155,7 +1157,7 @@ def test_one_run_from_end_to_end(script, finished, tmp_path, evaluated):
 
 
 def test_a_report_is_used_until_its_checkpoint_changes(copy):
-    report = dict.fromkeys(("accuracy", "errors", "test_images", "flops_per_image"), 1)
+    report = dict.fromkeys(evaluate.NEEDED, 1)
     report |= {"model": "alexcaps", "dataset": "digits", "seed": 0}
     report["checkpoint"] = evaluate.fingerprint(copy / "best.pt")
     (copy / "report.json").write_text(json.dumps(report))
@@ -1226,6 +1228,27 @@ def test_claims_get_verdicts(tmp_path):
     judged = verdicts(*(archived_run(tmp_path / f"cpu-{k}", **v | cpu) for k, v in runs.items()))
     unknown = [text for text, (_, verdict) in judged.items() if verdict == "not measured"]
     assert len(unknown) == 2 and all("distributed training helps" in text for text in unknown)
+
+
+def test_kept_runs_and_their_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
+    ablation, changes = tmp_path / "runs" / "ablation", {"routing_iterations": 1, "shift": 2.0}
+    archived_run(ablation / "b-0", 99.0, (97.0, 98.0))
+    archived_run(ablation / "b-1", 99.0, (97.0, 98.5), seed=1)
+    archived_run(ablation / "a", 98.8, (96.0, 97.5), **changes)
+    archived_run(tmp_path / "runs" / "short", 98.0, (97.0,), precision="bf16")
+    archived_run(tmp_path / "runs" / "long", 97.0, (97.0, 97.1))
+    for run in (*ablation.iterdir(), tmp_path / "runs" / "short", tmp_path / "runs" / "long"):
+        tables.keep(run)
+    lines = tables.ablation(tables.kept_rows("ablation")).splitlines()
+    assert lines[2].startswith("| nothing | 1,719 | 2 | 98.25 ± 0.35 |  | 99.00 ± 0.00 | 85.0 ±")
+    assert lines[3].startswith("| `--shift 2 --routing-iterations 1` | 1,719 | 1 | 97.50 | -0.75 |")
+    assert len(tables.kept_rows()) == 2  # those of the ablation are not among them
+    first = tables.headline(tables.kept_rows()).splitlines()
+    assert len(first) == 3 and "| 98.06 | 10 | 97.00 | 1 | 2 | 55,000 |" in first[2]  # the longest
+    digits = archived_run(tmp_path / "runs" / "digits", dataset="digits")
+    with pytest.raises(train_single.UsageError, match="not of MNIST"):
+        tables.keep(digits)
 
 
 def test_claims_compare_like_with_like(tmp_path):

@@ -56,11 +56,13 @@ from train_single import (
     resumable,
     run_main,
     save_epoch,
+    usable_cores,
     validate,
 )
 
 # DDP: torchrun tells each process who it is by these variables; without it, there is one process.
-TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= {*os.environ}
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+TORCHRUN = RANKS | {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # among all: decides who writes and prints
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # on this machine: which GPU
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
@@ -99,16 +101,15 @@ def train_one_epoch(
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
     device, dtype = dataset.labels.device.type, PRECISIONS[config["precision"]]
-    group_size = config["batch_size"] * config["accumulation_steps"]  # of one optimizer step
+    steps = config["accumulation_steps"]
+    group_size = config["batch_size"] * steps  # images of one optimizer step, on this rank
     model.train()
     optimizer.zero_grad(set_to_none=True)
     with progress_bar(epoch, config["epochs"], sampler.total_size, hidden=RANK > 0) as bar:
         totals = GlobalTotals(epoch, bar)
         for step, (images, labels) in enumerate(loader):
-            # The group's first image: step 5 of batch 16, 2 steps a group: 5 * 16 // 32 * 32 = 64.
-            first = step * config["batch_size"] // group_size * group_size
-            group = min(group_size, len(sampler) - first)  # images; the last group may be short
-            last_of_group = (step + 1) * config["batch_size"] >= first + group or config["dry_run"]
+            group = min(group_size, len(sampler) - step // steps * group_size)  # the last: short
+            last_of_group = (step + 1) % steps == 0 or step + 1 == len(loader) or config["dry_run"]
             # DDP: backward averages gradients over ranks; before a group's end that is for nothing
             with nullcontext() if last_of_group else model.no_sync():
                 with torch.autocast(device, dtype, enabled=config["precision"] != "fp32"):  # AMP:
@@ -161,26 +162,33 @@ def process_group():
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if 0 < gpus < LOCAL_WORLD_SIZE and LOCAL_RANK == 0:  # NCCL refuses two ranks on one GPU
         print(f"note: {LOCAL_WORLD_SIZE} ranks share {gpus} GPU(s) and talk through gloo")
-    if TORCHRUN:
-        store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
-    else:
-        print("note: one process; for more: torchrun --nproc_per_node=2 train_ddp.py ...")
-        store = dist.HashStore()
-    # In this store the ranks find each other's addresses. torchrun keeps it when it restarts dead
-    # workers: without a prefix the new ones would wait for the old ones' addresses.
-    starts = store.add(f"starts of rank {RANK}", 1)
-    store = dist.PrefixStore(f"start {starts}", store)
-    dist.init_process_group(
-        backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
-    )
     try:
+        if TORCHRUN:
+            store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+        else:
+            print("note: one process; for more: torchrun --nproc_per_node=2 train_ddp.py ...")
+            store = dist.HashStore()
+        # In this store the ranks find each other's addresses. torchrun keeps it when it restarts
+        # dead workers: without a prefix the new ones would wait for the old ones' addresses.
+        starts = store.add(f"starts of rank {RANK}", 1)
+        store = dist.PrefixStore(f"start {starts}", store)
+        dist.init_process_group(
+            backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
+        )
         yield starts > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            raise LostRank(f"rank {RANK} has lost another rank: see the first error") from None
-        raise
-    finally:
         dist.destroy_process_group()
+    except (UsageError, DataError, RunFailed):  # all ranks come this way: see agree and Totals
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        # The others may be in mid-step: destroying would wait for kernels that wait for this rank.
+        if dist.is_initialized():
+            dist.group.WORLD.abort()
+        kind, text = type(error), str(error).strip()
+        if isinstance(error, dist.DistError) or (kind is RuntimeError and "gloo" in text.lower()):
+            cause = text.splitlines()[0]
+            raise LostRank(f"rank {RANK} has lost another rank ({cause})") from None
+        raise
 
 
 def agree(work, rank0_only: bool = False):
@@ -195,28 +203,21 @@ def agree(work, rank0_only: bool = False):
         except (UsageError, DataError, RunFailed, OSError) as failure:
             error = failure
     outcomes = [None] * WORLD_SIZE
-    dist.all_gather_object(outcomes, error)
-    for outcome in outcomes:
-        if outcome is not None:
-            raise outcome
-    if rank0_only:
-        box = [result]
-        dist.broadcast_object_list(box, src=0)
-        result = box[0]
-    return result
+    dist.all_gather_object(outcomes, (error, result if rank0_only else None))
+    for error, _ in outcomes:
+        if error is not None:
+            raise error
+    return outcomes[0][1] if rank0_only else result
 
 
 def pick_device(config: dict) -> torch.device:
     """DDP: this rank's device; on the CPU, this rank's share of the cores."""
     if config["device"] == "cpu":
         # torchrun sets OMP_NUM_THREADS=1 unless it is set, which leaves cores idle
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
+        torch.set_num_threads(max(1, usable_cores() // LOCAL_WORLD_SIZE))
         return torch.device("cpu")
     find_device("cuda")  # rank 0 has one; this rank's machine might not
-    device = torch.device("cuda", LOCAL_RANK % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", LOCAL_RANK % torch.cuda.device_count())
 
 
 def plan_together(parser: argparse.ArgumentParser, restarted: bool) -> tuple[dict, Path, bool]:
@@ -288,7 +289,7 @@ def wrap(training: Training, config: dict, device: torch.device) -> DistributedD
     return DistributedDataParallel(
         training.model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # gradients live in the buffers that are sent: no copy
+        gradient_as_bucket_view=True,  # gradients stay in the buffers that were sent: a copy less
     )
 
 
@@ -301,7 +302,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     flag = parser.add_argument
     flag("--precision", choices=PRECISIONS, help="if not given, fp16 on GPUs and bf16 on the CPU")
-    flag("--accumulation-steps", type=number(int, 1), default=1,
+    flag("--accumulation-steps", type=number(int, 1, 10**6), default=1,
          help="batches whose gradients are added up for one optimizer step")
     flag("--sync-bn", action="store_true", help="one BatchNorm over all ranks; GPUs only")
     parser.parse_args()  # a mistake in the command ends here, before processes wait for each other
@@ -315,7 +316,7 @@ def run(parser: argparse.ArgumentParser, restarted: bool) -> None:
     device = agree(lambda: pick_device(config))  # DDP:
     agree(lambda: find_data_here(config))  # DDP:
     datasets = train_set, validation_set = agree(lambda: make_datasets(config, device))  # DDP:
-    training = make_training(config, device)
+    training = agree(lambda: make_training(config, device))  # DDP:
     half = config["precision"] == "fp16"
     training.scaler = torch.amp.GradScaler(device.type, enabled=half)  # AMP: float16 alone needs it
     last = run_dir / "last.pt"

@@ -13,7 +13,6 @@ first reading) · the command line and its checks · main. train_ddp.py adds dev
 
 import argparse
 import atexit
-import csv
 import ctypes
 import io
 import json
@@ -73,6 +72,7 @@ class Totals:
         self.epoch, self.bar = epoch, bar
         self.pending: list[Tensor] = []  # one tensor [3] per step: loss * images, hits, images
         self.step, self.loss, self.hits, self.images = 0, 0.0, 0, 0
+        self.peak_memory_mib: int | str = ""  # blank on a CPU
 
     def add(self, loss: Tensor, lengths: Tensor, labels: Tensor) -> None:
         """Note one step: its mean loss (a scalar), lengths [B, J] and labels [B]."""
@@ -85,7 +85,10 @@ class Totals:
     def look(self) -> None:
         """Bring the pending steps to the CPU, stop if a loss is not finite, show the bar."""
         if self.pending:
-            steps = self.collect().tolist()  # CPU-GPU sync point
+            steps = self.collect()
+            if steps.is_cuda:  # noted here, as the larger batches of validation will take more
+                self.peak_memory_mib = round(torch.cuda.max_memory_allocated() / 2**20)
+            steps = steps.tolist()  # CPU-GPU sync point
             self.pending.clear()
             for loss, hits, images in steps:
                 self.step += 1
@@ -148,8 +151,7 @@ def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=Fa
     Sums instead of means, so that the shares of several processes can simply be added.
     """
     model.eval()  # BatchNorm: the running statistics, not the batch's
-    sampler = range(len(dataset)) if indices is None else indices  # in order
-    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=sampler, collate_fn=as_batch)
+    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
     sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     for images, labels in loader:
         lengths = capsule_lengths(model(images))
@@ -163,13 +165,8 @@ def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=Fa
 
 def progress_bar(epoch: int, epochs: int, images: int, hidden: bool = False) -> tqdm:
     """A bar that counts images; not drawn where stderr is no terminal: logs stay readable."""
-    return tqdm(
-        total=images,
-        desc=f"epoch {epoch}/{epochs}",
-        unit=" images",
-        leave=False,
-        disable=True if hidden else None,
-    )
+    style = {"unit": " images", "leave": False, "disable": hidden or None}
+    return tqdm(total=images, desc=f"epoch {epoch}/{epochs}", **style)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -177,24 +174,11 @@ def progress_bar(epoch: int, epochs: int, images: int, hidden: bool = False) -> 
 # ------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = "capsnet-checkpoint-1"
-CHECKPOINT_TYPES = {
-    "model": dict,
-    "optimizer": dict,
-    "scheduler": dict,
-    "scaler": (dict, type(None)),
-    "epoch": int,
-    "best": (dict, type(None)),
-    "history": list,
-    "config": dict,
-}
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json")
 COLUMNS = (
     *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),  # accuracies in percent
     *("lr", "seconds", "images_per_second", "peak_memory_mib"),  # times: of the training part
 )
-
-
-BEST = ("epoch", "val_accuracy", "val_loss")  # what is remembered of the epoch in best.pt
 
 
 @dataclass
@@ -228,11 +212,6 @@ class Training:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            moments = self.optimizer.state  # Adam's, of each parameter; empty before the first step
-            if len(moments) != (len(list(self.model.parameters())) if checkpoint["epoch"] else 0):
-                raise ValueError
-            if any(state["exp_avg"].shape != p.shape for p, state in moments.items()):
-                raise ValueError
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             if self.scaler:
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -244,12 +223,12 @@ class Training:
         self.history = checkpoint["history"]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write, flush, rename: at any moment `path` holds either its old or its new content, whole."""
     scratch = path.with_name(path.name + ".tmp")
     try:
         with open(scratch, "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -257,11 +236,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         with suppress(OSError):
             scratch.unlink()
         raise RunFailed(f"cannot write {path}: {error.strerror}; its old content is kept") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """write_atomically for text."""
-    write_atomically(path, text.encode())
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -288,9 +262,6 @@ def load_checkpoint(path: Path, config: dict) -> dict:
         raise UsageError(f"{path} is damaged or is no checkpoint: restore a copy of it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UsageError(f"{path} is no checkpoint of this program")
-    for name, types in CHECKPOINT_TYPES.items():
-        if not isinstance(checkpoint.get(name), types):
-            raise UsageError(f"{path} is no whole checkpoint: {name} is missing or of a wrong type")
     for name in RECIPE:
         if checkpoint["config"].get(name) != config[name]:
             raise UsageError(f"{path} is of another run than config.json beside it: {name} differs")
@@ -298,11 +269,6 @@ def load_checkpoint(path: Path, config: dict) -> dict:
         raise UsageError(
             f"--epochs {config['epochs']} is less than the {checkpoint['epoch']} that {path} has"
         )
-    rows, best = checkpoint["history"], checkpoint["best"]
-    whole = len(rows) == checkpoint["epoch"] and (best is None) == (not rows)
-    whole = whole and all(isinstance(row, dict) and row.keys() == set(COLUMNS) for row in rows)
-    if not whole or (best and best.keys() != set(BEST)):
-        raise UsageError(f"{path} is no whole checkpoint: its history does not fit its epoch")
     return checkpoint
 
 
@@ -313,8 +279,6 @@ def load_config(run_dir: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UsageError(f"{run_dir} holds no run: there is no {path}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} is damaged: it is no JSON") from None
     for name, kind in (RECIPE | FREE).items():
@@ -327,40 +291,28 @@ def load_config(run_dir: Path) -> dict:
 
 def write_metrics(run_dir: Path, history: list[dict]) -> None:
     """metrics.csv, written whole each time: a run that was killed leaves no row twice."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(run_dir / "metrics.csv", text.getvalue())
-
-
-def start_folder(run_dir: Path, training: Training, config: dict) -> None:
-    """Make the run folder as it stands before epoch 1, so that every later stop can be resumed."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (*RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES), "report.json"):
-            (run_dir / name).unlink(missing_ok=True)  # --overwrite: nothing of the old run stays
-    except OSError as error:
-        raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
-    save_checkpoint(run_dir / "last.pt", training.state(config))
-    write_config(run_dir, config)
+    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in history)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_atomically(run_dir / "metrics.csv", text)
 
 
 def begin(run_dir: Path, training: Training, config: dict, resume: bool) -> None:
-    """Make or go on with the run folder, and say what is about to be trained."""
-    if not resume:
-        start_folder(run_dir, training, config)
-    elif training.epoch < config["epochs"]:  # a finished run keeps the record of its machine
-        write_config(run_dir, config)
-        write_metrics(run_dir, training.history)
+    """Make the run folder as it stands before epoch 1, or go on with it; say what is trained."""
+    if resume:
+        write_metrics(run_dir, training.history)  # a kill may have come after last.pt, before it
+    else:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (*RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES), "report.json"):
+                (run_dir / name).unlink(missing_ok=True)  # --overwrite: no old one is read again
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
+        save_checkpoint(run_dir / "last.pt", training.state(config))  # so every stop is resumable
+    if training.epoch < config["epochs"]:  # a finished run keeps the record of its machine
+        write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
     say_fallback(config)
     resumed = f", resumed after epoch {training.epoch}" if training.epoch else ""
     print(f"{intro(config)}\nrun folder: {run_dir}{resumed}", flush=True)
-
-
-def write_config(run_dir: Path, config: dict) -> None:
-    """config.json: everything that one needs to know to do the run again."""
-    write_text(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def count_epoch(
@@ -371,7 +323,6 @@ def count_epoch(
     if not math.isfinite(loss):
         raise RunFailed(f"the validation loss is {loss} in epoch {totals.epoch}: try a lower --lr")
     training.epoch += 1
-    on_gpu = config["device"].startswith("cuda")
     row = {
         "epoch": training.epoch,
         "train_loss": round(totals.mean_loss, 6),
@@ -381,14 +332,14 @@ def count_epoch(
         "lr": training.optimizer.param_groups[0]["lr"],
         "seconds": round(seconds, 2),
         "images_per_second": round(totals.images / seconds, 1),
-        "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else "",
+        "peak_memory_mib": totals.peak_memory_mib,
     }
-    if on_gpu:
+    if config["device"].startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     training.history.append(row)
     training.scheduler.step()
     if training.best is None or row["val_accuracy"] > training.best["val_accuracy"]:  # tie: earlier
-        training.best = {name: row[name] for name in BEST}
+        training.best = {name: row[name] for name in ("epoch", "val_accuracy", "val_loss")}
 
 
 def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
@@ -454,19 +405,17 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """A type for argparse: a finite int or float within low..high, `above` low if that is set."""
+def number(kind: type, low: float, high: float):
+    """A type for argparse: an int or float within low..high."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            limit = f"above {low}" if above else f"of at least {low}"
-            limit += f" and at most {high:,}" if high < math.inf else ""
+            value = math.nan  # which lies within nothing
+        if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:,}")
         return value
 
     return parse
@@ -482,7 +431,7 @@ def build_parser(description: str) -> Parser:
     flag("--data-dir", default="data", help="folder with MNIST/raw; downloaded if absent")
     flag("--epochs", type=count, default=20, help="passes over the training images")
     flag("--batch-size", type=count, default=32, help="images per step and process")
-    flag("--lr", type=number(float, 0, above=True), default=1e-3,
+    flag("--lr", type=number(float, 1e-9, 100), default=1e-3,
          help="Adam's learning rate, times 0.7 every 2 epochs")
     flag("--routing-iterations", type=count, default=3, help="of dynamic routing")
     flag("--rotate", type=number(float, 0, 180), default=10.0,
@@ -539,15 +488,19 @@ def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, 
     if config["model"] is None:
         raise UsageError(f"--model is missing: give one of {', '.join(MODELS)}")
     config["device"] = str(find_device(config["device"]))
-    if config["dry_run"]:
-        config["epochs"] = 1
-        run_dir = run_dir or throwaway_folder()
-    if run_dir or config["dataset"] != "auto":  # before a download, if it can be told
-        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
     name, reason = resolve_dataset(config["dataset"], config["data_dir"])
     config |= {"dataset": name, "fallback_reason": reason}
+    if config["dry_run"]:
+        config["epochs"] = 1
+        if run_dir is None:  # its files go when the process ends
+            run_dir = Path(tempfile.mkdtemp(prefix="dry-run-"))
+            atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
     run_dir = run_dir or default_folder(config, name)
-    check_folder(run_dir, overwrite)
+    if not overwrite and any((run_dir / file).exists() for file in RUN_FILES):
+        raise UsageError(
+            f"{run_dir} holds a run already: go on with --resume, choose another --run-dir, or "
+            "replace it with --overwrite"
+        )
     return config, run_dir, False
 
 
@@ -563,25 +516,6 @@ def possible_folders(config: dict) -> list[Path]:
     choice = config["dataset"]
     names = ("mnist", "digits") if choice == "auto" else (choice,)
     return [default_folder(config, name) for name in names]
-
-
-def throwaway_folder() -> Path:
-    """A folder for a dry run's files, which goes when the process ends."""
-    folder = tempfile.mkdtemp(prefix="dry-run-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def check_folder(run_dir: Path, overwrite: bool) -> None:
-    """UsageError if the folder holds a run already, or can be no folder."""
-    if any((run_dir / name).exists() for name in RUN_FILES) and not overwrite:
-        raise UsageError(
-            f"{run_dir} holds a run already: go on with --resume, choose another --run-dir, or "
-            "replace it with --overwrite"
-        )
-    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"cannot make the run folder {run_dir}: {nearest} is a file")
 
 
 def find_run(config: dict) -> Path:
@@ -665,9 +599,10 @@ def make_training(config: dict, device: torch.device) -> Training:
     if config["compile"]:
         # Keeps the names of the state (no "_orig_mod."). dynamic=False: one program for each batch
         # size (32, the short last batch, validation) instead of a slower one for all sizes.
-        compilers = os.environ.get("CXX", "c++"), "g++", "clang++"
-        if device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise UsageError("--compile needs a C++ compiler for the CPU: install g++, or omit it")
+        name, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # C: for Triton
+        compilers = [os.environ.get(name, usual), *(["clang"] if name == "CC" else [])]
+        if not any(map(shutil.which, compilers)):
+            raise UsageError(f"--compile needs a compiler: install {compilers[0]}, or omit it")
         model.compile(dynamic=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
@@ -685,13 +620,18 @@ def describe(config: dict, training: Training, datasets: tuple, device_count: in
         "validation_images": len(datasets[1]),
         "device_name": torch.cuda.get_device_name() if gpu else cpu_name(),
         "device_count": device_count,  # different devices: ranks that share one count once
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),  # of each process
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "git_commit": git_commit(),
     }
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on: a batch system may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_name() -> str:
@@ -716,6 +656,7 @@ def git_commit() -> str | None:
 
 def intro(config: dict) -> str:
     """What is about to be trained, on what, and how."""
+    tf32 = config["precision"] == "fp32" and config["device"].startswith("cuda")
     return (
         f"{MODELS[config['model']].__name__}: {config['parameters']:,} parameters, "
         f"{config['routing_iterations']} routing iterations\n"
@@ -726,7 +667,8 @@ def intro(config: dict) -> str:
         f"{config['world_size']} process(es) x {config['accumulation_steps']} accumulation "
         f"step(s), learning rate {config['lr']:g}, times 0.7 every 2 epochs\n"
         f"device: {config['device']} ({config['device_name']}), {config['threads']} thread(s), "
-        f"{config['precision']}{', compiled' if config['compile'] else ''}"
+        f"{config['precision']}{' with TF32 products' if tf32 else ''}"
+        f"{', compiled' if config['compile'] else ''}"
     )
 
 
@@ -788,17 +730,15 @@ def run_main(main, quiet: bool = False) -> None:
     keep_freed_memory()
     try:
         main()
-    except (UsageError, DataError) as error:
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UsageError, DataError, OSError) as error:  # OSError: a path that cannot be looked at
         leave(2, f"error: {error}")
     except RunFailed as error:
         leave(1, f"failed: {error}", everyone_knows=error.everyone_knows)
     except torch.OutOfMemoryError:
         leave(1, "failed: the GPU's memory is full: try a smaller --batch-size", False)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a path that cannot be looked at: no permission, too long a name
-        leave(2, f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Terminated:

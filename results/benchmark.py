@@ -412,6 +412,7 @@ def main() -> None:
     except train_single.UsageError as error:
         parser.error(str(error))
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU
     # First as a process starts, then with freed memory kept: that cannot be taken back.
     layers = capsule_rows(device, "given back", flags.quick)
     if device.type == "cpu":
@@ -433,7 +434,7 @@ def main() -> None:
     }
     print(speed_table(result))
     path = flags.out / f"speed-{device.type}.json"
-    train_single.write_text(path, json.dumps(result, indent=1) + "\n")
+    train_single.write_atomically(path, json.dumps(result, indent=1) + "\n")
     print(f"written: {path}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import evaluate
 from results.benchmark import report_table, speed_table
-from train_single import UsageError, epoch_line, intro, run_main, write_text
+from train_single import UsageError, epoch_line, intro, run_main, write_atomically
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -57,9 +57,10 @@ def keep(run_dir: Path) -> None:
         shutil.copy(path, target / path.name)
 
 
-def kept_rows(folder: Path = HERE) -> list[dict]:
-    """The rows of all runs kept in a folder."""
-    runs = [evaluate.read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+def kept_rows(folder: str = "") -> list[dict]:
+    """The rows of all runs kept here, or in a folder here."""
+    configs = sorted((HERE / folder).glob("*/config.json"))
+    runs = [evaluate.read_run(path.parent) for path in configs]
     return evaluate.make_rows([run | {"report": evaluate.read_report(run)} for run in runs])
 
 
@@ -74,6 +75,8 @@ def headline(rows: list[dict]) -> str:
 
 def ablation(rows: list[dict]) -> str:
     """One change at a time; first the runs without any."""
+    if not rows:
+        return "Not measured.\n"
     for row in rows:
         row["change"] = " ".join(evaluate.unusual(row))
         row["steps"] = -(-row["train_images"] // row["effective_batch"])
@@ -103,7 +106,7 @@ def sections(rows: list[dict]) -> dict[str, str]:
         "cost": evaluate.cost_table(rows),
         "claims": evaluate.claims_table(rows),
         "sample": sample(HERE / "alexcaps-single"),
-        "ablation": ablation(kept_rows(HERE / "ablation")),
+        "ablation": ablation(kept_rows("ablation")),
         "speed": "\n".join(
             speed_table(json.loads(path.read_text())) for path in sorted(HERE.glob("speed-*.json"))
         ),
@@ -140,10 +143,10 @@ def main() -> None:
     for run_dir in map(Path, sys.argv[1:]):
         keep(run_dir)
     rows = kept_rows()
-    write_text(HERE / "comparison.md", evaluate.comparison_text(rows))
-    write_text(HERE / "comparison.csv", evaluate.comparison_csv(rows))
+    write_atomically(HERE / "comparison.md", evaluate.comparison_text(rows))
+    write_atomically(HERE / "comparison.csv", evaluate.comparison_csv(rows))
     evaluate.draw_comparison(rows, HERE)
-    write_text(README, renumber(fill(README.read_text(), sections(rows))))
+    write_atomically(README, renumber(fill(README.read_text(), sections(rows))))
     print(f"{len(rows)} rows from {HERE}: comparison.md, .csv, .png and the tables of README.md")
 
 
