@@ -721,22 +721,20 @@ def draw_comparison(rows: list[dict], out: Path) -> None:
     forms = {"precision": "{}", "effective_batch": "batch {}", "train_images": "{:,} images"}
     forms = {k: v for k, v in forms.items() if len({row[k] for row in rows}) > 1}
     for k, row in enumerate(rows):
-        curves, seconds = (
-            np.array([[epoch[name] for epoch in history] for history in row["histories"]])
-            for name in ("val_accuracy", "seconds")
-        )  # each [runs, epochs]
+        curves = [[epoch["val_accuracy"] for epoch in history] for history in row["histories"]]
+        curves = np.array(curves)  # [runs, epochs]
         special = (form.format(row[name]) for name, form in forms.items())
         label = ", ".join([row["model"], row["setup"], *special])
         style = {"color": COLOURS[k % len(COLOURS)], "marker": "os^vD"[k % 5], "label": label}
         style["linestyle"] = "-" if row["world_size"] == 1 else "--"
-        minutes = seconds.mean(axis=0).cumsum() / 60
-        for axis, x in zip(axes, (np.arange(1, row["epochs"] + 1), minutes)):
+        epochs = np.arange(1, row["epochs"] + 1)
+        for axis, x in zip(axes, (epochs, epochs * row["seconds_per_epoch"] / 60)):
             axis.plot(x, error(curves.mean(axis=0)), **style)
             seeds = error(curves.min(axis=0)), error(curves.max(axis=0))
             axis.fill_between(x, *seeds, color=style["color"], alpha=0.15)
     over_epochs_axis(axes[0], max(row["epochs"] for row in rows), accuracy=True)
     axes[0].set_ylabel("validation accuracy in % (stretched)")
-    axes[1].set(xlabel="training time in minutes (without validation)", xlim=(0, None))
+    axes[1].set(xlabel="training time in minutes (epochs x median epoch)", xlim=(0, None))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
     best = max(rows, key=lambda row: row["accuracy"])
     title = f"Highest test accuracy: {best['model']}, {best['setup']}, {best['accuracy']:.2f} %"

@@ -1233,7 +1233,7 @@ def test_claims_get_verdicts(tmp_path):
 def test_kept_runs_and_their_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
     ablation, changes = tmp_path / "runs" / "ablation", {"routing_iterations": 1, "shift": 2.0}
-    archived_run(ablation / "b-0", 99.0, (97.0, 98.0))
+    archived_run(ablation / "b-0", 99.0, (98.0, 97.0))
     archived_run(ablation / "b-1", 99.0, (97.0, 98.5), seed=1)
     archived_run(ablation / "a", 98.8, (96.0, 97.5), **changes)
     archived_run(tmp_path / "runs" / "short", 98.0, (97.0,), precision="bf16")
