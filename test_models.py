@@ -1366,6 +1366,18 @@ def test_readme_names_the_lines_of_the_equations():
         assert code in (HERE / name).read_text().splitlines()[int(line) - 1], (name, line)
 
 
+def test_exercises_expect_what_was_measured():
+    rows = {" ".join(evaluate.unusual(row)): row for row in tables.kept_rows("ablation")}
+    plain = rows.pop("")
+
+    def lost(flags, figure):
+        return plain[figure] - rows[flags][figure]
+
+    assert lost("--accumulation-steps 8", "val_accuracy") > 0.2
+    assert lost("--rotate 0", "turned_30") > 3 and abs(lost("--rotate 0", "accuracy")) < 0.3
+    assert all(abs(lost(f"--routing-iterations {n}", "val_accuracy")) < 0.3 for n in (1, 2, 5))
+
+
 def test_readme_marks_and_links_exist():
     text = (HERE / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
