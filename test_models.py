@@ -1210,11 +1210,12 @@ def test_speed_up_only_for_like_runs(tmp_path):
 def test_claims_get_verdicts(tmp_path):
     """Two models, one device and two, on a machine where all of it can be told."""
     two = {"script": "ddp", "world_size": 2, "device_count": 2, "batch_size": 16}
+    later = (99.0,) * 9  # 10 epochs in all
     runs = {
-        "a1": {"accuracy": 99.1, "curve": (98.2, 99.0), "speed": 100},
-        "a2": {"accuracy": 99.0, "curve": (98.1, 99.0), "speed": 180} | two,
-        "r1": {"accuracy": 99.4, "curve": (97.0, 99.3), "speed": 200} | RES,
-        "r2": {"accuracy": 99.0, "curve": (97.0, 99.3), "speed": 250} | two | RES,
+        "a1": {"accuracy": 99.1, "curve": (98.2, *later), "speed": 100},
+        "a2": {"accuracy": 99.0, "curve": (98.1, *later), "speed": 180} | two,
+        "r1": {"accuracy": 99.4, "curve": (97.0, *later), "speed": 200} | RES,
+        "r2": {"accuracy": 99.0, "curve": (97.0, *later), "speed": 250} | two | RES,
     }
     judged = verdicts(*(archived_run(tmp_path / name, **run) for name, run in runs.items()))
     assert [verdict for _, verdict in judged.values()] == [
@@ -1253,12 +1254,15 @@ def test_kept_runs_and_their_tables(tmp_path, monkeypatch):
 
 def test_claims_compare_like_with_like(tmp_path):
     claim = "ResCapsNet ends slightly more accurate"
-    short = archived_run(tmp_path / "a", 97.9, (97.0, 97.5))
-    long = archived_run(tmp_path / "r", 99.9, (96.0, 97.8, 99.9), **RES)
-    # not 99.9 % after three epochs against 97.9 % after two
+    short = archived_run(tmp_path / "a", 97.9, (97.0,) * 9 + (97.5,))
+    long = archived_run(tmp_path / "r", 99.9, (96.0,) * 9 + (97.8, 99.9), **RES)
+    # not 99.9 % after eleven epochs against 97.9 % after ten
     assert "97.80 % - 97.50 %" in verdicts(short, long)[claim][0]
-    fewer = archived_run(tmp_path / "b", 99.9, train_images=20_000, **RES)
+    fewer = archived_run(tmp_path / "b", 99.9, (97.0,) * 10, train_images=20_000, **RES)
     assert verdicts(short, fewer)[claim][1] == "not measured"
+    early = archived_run(tmp_path / "e", 99.9, (97.0,) * 9, **RES)
+    reason, verdict = verdicts(short, early)[claim]
+    assert verdict == "not measured" and "at least 10 epochs" in reason
 
 
 def test_bad_runs_end_in_one_line(tmp_path, evaluated):
