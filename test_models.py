@@ -46,6 +46,7 @@ from rescaps import ResCapsNet
 from results import tables
 from results.benchmark import check_same, formulations, speed_table
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever the machine has
 HERE = Path(__file__).parent
 DIGITS = ("--dataset", "digits")
 SMALL = (*DIGITS, "--train-size", "96", "--batch-size", "16")  # 6 steps an epoch

@@ -1,7 +1,8 @@
 """How fast this machine trains both models, and how far that is from what it could do.
 
     python -m results.benchmark              on the GPU if there is one, else the CPU; ~8 minutes
-    python -m results.benchmark --quick      one round of tiny batches: only shows that it works
+    python -m results.benchmark --quick      one round of tiny batches: shows that it works, and
+                                             writes nothing unless --out says where
 
 Prints three tables and writes results/speed-cpu.json or results/speed-cuda.json:
 
@@ -405,7 +406,7 @@ def main() -> None:
     )
     parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
     parser.add_argument("--quick", action="store_true", help="tiny and uncompiled, to try it out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where to write")
+    parser.add_argument("--out", type=Path, help="where to write (default: results/)")
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
@@ -433,9 +434,10 @@ def main() -> None:
         "steps": steps, "data_path": data_rows(steps, device, flags.quick),
     }
     print(speed_table(result))
-    path = flags.out / f"speed-{device.type}.json"
-    train_single.write_atomically(path, json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    if flags.out or not flags.quick:  # toy figures must not replace measured ones
+        path = (flags.out or Path(__file__).parent) / f"speed-{device.type}.json"
+        train_single.write_atomically(path, json.dumps(result, indent=1) + "\n")
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":
