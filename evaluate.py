@@ -39,6 +39,7 @@ from train_single import UsageError, build_model, find_device, load_checkpoint
 
 NAMES = {name: network.__name__ for name, network in train_single.MODELS.items()}
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
+TURNED = (15, 30, 45)  # degrees whose accuracy tables show, mean of either side
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
 ROUTED = 20  # test digits of each class whose couplings are averaged for routing.png
 TARGET = 98.0  # percent of the validation images: "has converged"
@@ -252,6 +253,8 @@ def read_report(run: dict) -> dict | None:
         report = json.loads(path.read_text())
         ours = all(report[k] == run["config"][k] for k in ("model", "dataset", "seed"))
         ours = ours and set(NEEDED) <= report.keys()
+        for angle in TURNED:
+            turned([{"report": report}], angle)  # fails where it is missing
         if ours and (not best.exists() or report["checkpoint"] == fingerprint(best)):
             return report
     except (OSError, ValueError, KeyError, TypeError):
@@ -310,7 +313,7 @@ def summarise(runs: list[dict]) -> dict:
         "val_accuracy": [max(epoch["val_accuracy"] for epoch in history) for history in histories],
         "best_epoch": [run["report"]["kept_epoch"] for run in runs],
         "epochs_to_target": [min(epochs, default=math.inf) for epochs in reached],
-        **{f"turned_{angle}": turned(runs, angle) for angle in (15, 30, 45)},
+        **{f"turned_{angle}": turned(runs, angle) for angle in TURNED},
         # the median over epochs: the first one warms up, or compiles
         "images_per_second": over_epochs("images_per_second", statistics.median),
         "seconds_per_epoch": over_epochs("seconds", statistics.median),
@@ -512,8 +515,9 @@ def comparison_text(rows: list[dict]) -> str:
 
 def comparison_csv(rows: list[dict]) -> str:
     """comparison.csv: the rows with every column; blank where unknown, inf for never reached."""
-    deviations = [name for name in rows[0] if name.endswith("_std")]
-    columns, text = [*(RESULT_COLUMNS | COST_COLUMNS), *deviations], io.StringIO()
+    columns = [*(RESULT_COLUMNS | COST_COLUMNS), *(f"turned_{angle}" for angle in TURNED)]
+    columns += [f"{name}_std" for name in columns if f"{name}_std" in rows[0]]
+    text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:  # .10g: 99.4 and not 99.39999999999999

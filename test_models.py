@@ -601,6 +601,8 @@ class Evil:
         (lambda run: damage_middle(run / "last.pt"), [], ["last.pt is damaged"]),
         (lambda run: (run / "last.pt").write_text("?"), [], ["last.pt is damaged"]),
         (lambda run: torch.save({"a": 1}, run / "last.pt"), [], ["last.pt is no checkpoint"]),
+        (lambda run: torch.save({"format": train_single.CHECKPOINT_FORMAT}, run / "last.pt"), [],
+         ["last.pt is no whole checkpoint"]),
         (lambda run: torch.save(Evil(), run / "last.pt"), [], ["last.pt is damaged"]),
         (lambda run: (run / "last.pt").write_bytes(pickle.dumps(Evil())), [], ["damaged"]),
     ],
@@ -891,12 +893,11 @@ def test_a_killed_rank_is_restarted_to_the_same_weights(step, undisturbed, tmp_p
 
 
 def test_a_dying_rank_ends_the_job(tmp_path):
-    start = time.monotonic()
     process = torchrun("-c", KILL_RANK_1.format(step=2), *TWO_RANKS, "--run-dir", tmp_path / "run",
-                       no_python=True)
+                       no_python=True)  # which gives up on a job that hangs
     assert process.returncode != 0
-    assert "rank 0 has lost another rank" in process.stderr or "SIGKILL" in process.stderr
-    assert time.monotonic() - start < 120  # start included; left alone it would hang for minutes
+    assert "SIGKILL" in process.stderr
+    assert '/train_ddp.py", line' not in process.stderr, process.stderr  # no traceback of ours
     assert torch.load(tmp_path / "run" / "last.pt")["epoch"] == 0
 
 
@@ -914,6 +915,7 @@ def test_a_stopped_torchrun_leaves_a_resumable_run(stop, undisturbed, tmp_path):
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
     assert error.count(f"--resume --run-dir {run_dir}") == 1
+    assert '/train_ddp.py", line' not in error, error
     epoch = torch.load(run_dir / "last.pt")["epoch"]
     assert epoch >= 1
     if stop == signal.SIGINT:
@@ -1159,6 +1161,7 @@ def test_one_run_from_end_to_end(script, finished, tmp_path, evaluated):
 
 def test_a_report_is_used_until_its_checkpoint_changes(copy):
     report = dict.fromkeys(evaluate.NEEDED, 1)
+    report["rotation"] = {"accuracy": {str(angle): 90.0 for angle in evaluate.ANGLES}}
     report |= {"model": "alexcaps", "dataset": "digits", "seed": 0}
     report["checkpoint"] = evaluate.fingerprint(copy / "best.pt")
     (copy / "report.json").write_text(json.dumps(report))
@@ -1250,7 +1253,7 @@ def test_kept_runs_and_their_tables(tmp_path, monkeypatch):
     assert len(first) == 3 and "| 98.06 | 10 | 97.00 | 1 | 2 | 55,000 |" in first[2]  # the longest
     digits = archived_run(tmp_path / "runs" / "digits", dataset="digits")
     with pytest.raises(train_single.UsageError, match="not of MNIST"):
-        tables.keep(digits)
+        tables.check(digits)
 
 
 def test_claims_compare_like_with_like(tmp_path):
@@ -1281,11 +1284,13 @@ def test_bad_runs_end_in_one_line(tmp_path, evaluated):
     digits = archived_run(tmp_path / "digits", dataset="digits")
     assert_one_line(*refused(good, digits, *out), "digits and mnist", "cannot be compared")
     contents = {
-        "report.json": ("", "{}", "[1]", None), "config.json": ("{}", None),
+        "report.json": ("", "{}", "[1]", "no angles", None), "config.json": ("{}", None),
         "metrics.csv": ("", "epoch,loss\n1,2\n", "nan", None),
     }
     for name, content in ((name, content) for name, many in contents.items() for content in many):
         bad = archived_run(tmp_path / f"{name}-{str(content)[:3]}", seed=1)
+        if content == "no angles":
+            content = (bad / name).read_text().replace('"30"', '"31"')
         if content == "nan":
             content = (bad / name).read_text().replace("98.5", "nan")
         (bad / name).unlink() if content is None else (bad / name).write_text(content)
@@ -1381,9 +1386,9 @@ def test_readme_expects_what_was_measured():
     assert lost("--accumulation-steps 8", "val_accuracy") > 0.2
     assert lost("--rotate 0", "turned_30") > 3 and abs(lost("--rotate 0", "accuracy")) < 0.3
     assert all(abs(lost(f"--routing-iterations {n}", "val_accuracy")) < 0.3 for n in (1, 2, 5))
-    full = {row["setup"]: row for row in tables.kept_rows() if row["epochs"] == 20}
-    plain = full["DDP on 2"]  # the shift did not beat the report's recipe
-    assert plain["val_accuracy"] > full["DDP on 2, --shift 2"]["val_accuracy"] - 0.1
+    alex = [row for row in tables.kept_rows() if row["model"] == "AlexCapsNet"]
+    full = {row["setup"]: row["val_accuracy"] for row in alex if row["epochs"] == 20}
+    assert full["DDP on 2"] >= full["DDP on 2, --shift 2"]  # it did not beat the report's recipe
 
 
 def test_readme_marks_and_links_exist():

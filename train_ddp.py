@@ -132,8 +132,8 @@ def train_one_epoch(
 
 def validate_together(model: nn.Module, dataset: DigitBatches, one_batch: bool) -> Tensor:
     """As train_single.validate, each image on exactly one rank, in float32, sums over all ranks."""
-    # DDP: a forward pass begins with rank 0's BatchNorm buffers; after the last one each rank has
-    # running means of its own. Rank 0's are saved.
+    # DDP: a step's first forward pass begins with rank 0's BatchNorm buffers; after the last one
+    # each rank has running means of its own. Rank 0's are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # DDP: no DistributedSampler here. It pads the shares to equal length, and some images would
@@ -177,17 +177,21 @@ def process_group():
         )
         yield starts > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         dist.destroy_process_group()
-    except (UsageError, DataError, RunFailed):  # all ranks come this way: see agree and Totals
+    except (UsageError, DataError, RunFailed, OSError):  # agreed on: all ranks come this way
         dist.destroy_process_group()
         raise
     except BaseException as error:
-        # The others may be in mid-step: destroying would wait for kernels that wait for this rank.
-        if dist.is_initialized():
-            dist.group.WORLD.abort()
-        kind, text = type(error), str(error).strip()
-        if isinstance(error, dist.DistError) or (kind is RuntimeError and "gloo" in text.lower()):
-            cause = text.splitlines()[0]
-            raise LostRank(f"rank {RANK} has lost another rank ({cause})") from None
+        met = dist.is_initialized()
+        if met and "nccl" in backend:  # the others may be in mid-step, and destroying would wait
+            dist.group.WORLD.abort()  # for GPU kernels that wait for this rank
+        elif met:
+            dist.destroy_process_group()
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, dist.DistError) or (
+            type(error) is RuntimeError and "gloo" in text.lower()
+        ):
+            what = "has lost another rank" if met else "cannot reach the other ranks"
+            raise LostRank(f"rank {RANK} {what} ({text.splitlines()[0]})") from None
         raise
 
 

@@ -174,6 +174,9 @@ def progress_bar(epoch: int, epochs: int, images: int, hidden: bool = False) -> 
 # ------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = "capsnet-checkpoint-1"
+CHECKPOINT_KEYS = (
+    *("model", "optimizer", "scheduler", "scaler", "epoch", "best", "history", "config"),
+)
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json")
 COLUMNS = (
     *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),  # accuracies in percent
@@ -262,6 +265,8 @@ def load_checkpoint(path: Path, config: dict) -> dict:
         raise UsageError(f"{path} is damaged or is no checkpoint: restore a copy of it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UsageError(f"{path} is no checkpoint of this program")
+    if not {*CHECKPOINT_KEYS} <= checkpoint.keys():
+        raise UsageError(f"{path} is no whole checkpoint")
     for name in RECIPE:
         if checkpoint["config"].get(name) != config[name]:
             raise UsageError(f"{path} is of another run than config.json beside it: {name} differs")
@@ -488,6 +493,8 @@ def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, 
     if config["model"] is None:
         raise UsageError(f"--model is missing: give one of {', '.join(MODELS)}")
     config["device"] = str(find_device(config["device"]))
+    if run_dir or config["dataset"] != "auto":  # before a download, where it can be told
+        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
     name, reason = resolve_dataset(config["dataset"], config["data_dir"])
     config |= {"dataset": name, "fallback_reason": reason}
     if config["dry_run"]:
@@ -496,12 +503,17 @@ def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, 
             run_dir = Path(tempfile.mkdtemp(prefix="dry-run-"))
             atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
     run_dir = run_dir or default_folder(config, name)
-    if not overwrite and any((run_dir / file).exists() for file in RUN_FILES):
+    check_folder(run_dir, overwrite)
+    return config, run_dir, False
+
+
+def check_folder(run_dir: Path, overwrite: bool) -> None:
+    """UsageError if the folder holds a run already."""
+    if not overwrite and any((run_dir / name).exists() for name in RUN_FILES):
         raise UsageError(
             f"{run_dir} holds a run already: go on with --resume, choose another --run-dir, or "
             "replace it with --overwrite"
         )
-    return config, run_dir, False
 
 
 def default_folder(config: dict, dataset: str) -> Path:
@@ -716,6 +728,8 @@ def run_main(main, quiet: bool = False) -> None:
     """
 
     def leave(code: int, message: str, everyone_knows: bool = True):
+        for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one where another rank was
+            signal.signal(each, signal.SIG_IGN)  # quicker to leave
         if not (quiet and everyone_knows):
             print(message, file=sys.stderr)
         sys.exit(code)
@@ -739,6 +753,10 @@ def run_main(main, quiet: bool = False) -> None:
         leave(1, f"failed: {error}", everyone_knows=error.everyone_knows)
     except torch.OutOfMemoryError:
         leave(1, "failed: the GPU's memory is full: try a smaller --batch-size", False)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # PyTorch's words for a full CPU memory
+            raise
+        leave(1, "failed: the memory is full: try a smaller --batch-size", False)
     except KeyboardInterrupt:
         sys.exit(130)
     except Terminated:

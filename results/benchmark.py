@@ -410,7 +410,9 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
-    except train_single.UsageError as error:
+        if flags.out:
+            flags.out.mkdir(parents=True, exist_ok=True)
+    except (train_single.UsageError, OSError) as error:
         parser.error(str(error))
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU

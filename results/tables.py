@@ -17,7 +17,14 @@ from pathlib import Path
 
 import evaluate
 from results.benchmark import report_table, speed_table
-from train_single import UsageError, epoch_line, intro, run_main, write_atomically
+from train_single import (
+    UsageError,
+    epoch_line,
+    intro,
+    load_config,
+    run_main,
+    write_atomically,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -42,17 +49,21 @@ ABLATION = {
 }
 
 
-def keep(run_dir: Path) -> None:
-    """Copy what stays of a run; UsageError if it has not been evaluated."""
+def check(run_dir: Path) -> None:
+    """UsageError if a run is not of MNIST or has not been evaluated."""
     run = evaluate.read_run(run_dir)
     if run["config"]["dataset"] != "mnist":
         raise UsageError(f"{run_dir} is not of MNIST: it cannot stand beside the report's figures")
     if evaluate.read_report(run) is None:
         raise UsageError(f"{run_dir} has no report of its best.pt: run evaluate.py on it first")
+
+
+def keep(run_dir: Path) -> None:
+    """Copy what stays of a run."""
     ablation = run_dir.absolute().parent.name == "ablation"
     target = HERE / ("ablation" if ablation else "") / run_dir.name
     target.mkdir(exist_ok=True, parents=True)
-    pictures = run_dir.glob("*.png") if run["config"]["seed"] == 0 and not ablation else ()
+    pictures = run_dir.glob("*.png") if load_config(run_dir)["seed"] == 0 and not ablation else ()
     for path in (*(run_dir / name for name in KEPT), *pictures):
         shutil.copy(path, target / path.name)
 
@@ -140,8 +151,10 @@ def renumber(text: str) -> str:
 
 
 def main() -> None:
-    for run_dir in map(Path, sys.argv[1:]):
-        keep(run_dir)
+    runs = [Path(argument) for argument in sys.argv[1:]]
+    for work in (check, keep):  # all are checked before the first is copied
+        for run_dir in runs:
+            work(run_dir)
     rows = kept_rows()
     write_atomically(HERE / "comparison.md", evaluate.comparison_text(rows))
     write_atomically(HERE / "comparison.csv", evaluate.comparison_csv(rows))
