@@ -360,11 +360,12 @@ ALEX, RES = ({"model": name} for name in NAMES.values())
 
 
 def best_pair(rows: list[dict], first: dict, second: dict, *same: str) -> tuple[dict, dict]:
-    """Two rows, one with what `first` says, one with `second`; the most equal and longest pair."""
+    """Two rows, one with what `first` says, one with `second`; the longest and most equal pair."""
 
     def merit(pair: tuple[dict, dict]) -> tuple:
-        equal, (a, b) = [alike(*pair, name) for name in ("epochs", *STEP)], pair
-        return *equal, -a["world_size"], a["train_images"], min(a["epochs"], b["epochs"])
+        (a, b), common = pair, min(row["epochs"] for row in pair)
+        equal = [alike(a, b, name) for name in ("epochs", *STEP)]
+        return min(common, ENDED), *equal, -a["world_size"], a["train_images"], common
 
     ours, others = ([row for row in rows if alike(row, x, *x)] for x in (first, second))
     pairs = [(a, b) for a in ours for b in others if alike(a, b, *same)]
