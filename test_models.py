@@ -466,6 +466,19 @@ def test_dry_run(model, tmp_path):
     assert process.stderr == ""
 
 
+def test_a_dry_run_leaves_a_run_of_that_name_alone(tmp_path, single, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    held = tmp_path / "runs" / "alexcaps-single-digits" / "last.pt"
+    held.parent.mkdir(parents=True)
+    held.write_text("a run")
+    code, printed, error = single("--model", "alexcaps", *DIGITS, "--dry-run")
+    assert code == 0 and "dry run: one batch" in printed, error
+    assert held.read_text() == "a run" and [*held.parent.iterdir()] == [held]
+    # without --dry-run it is refused, before anything is downloaded
+    monkeypatch.setattr(train_single, "resolve_dataset", lambda *_: pytest.fail("looked for data"))
+    assert_one_line(*single("--model", "alexcaps", *DIGITS)[::2], "holds a run already")
+
+
 def test_offline_first_run(tmp_path):
     """No network, no data: digits, said at the start and at the end, and in the folder's name."""
     process = run_python(

@@ -493,15 +493,15 @@ def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, 
     if config["model"] is None:
         raise UsageError(f"--model is missing: give one of {', '.join(MODELS)}")
     config["device"] = str(find_device(config["device"]))
-    if run_dir or config["dataset"] != "auto":  # before a download, where it can be told
-        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
-    name, reason = resolve_dataset(config["dataset"], config["data_dir"])
-    config |= {"dataset": name, "fallback_reason": reason}
     if config["dry_run"]:
         config["epochs"] = 1
         if run_dir is None:  # its files go when the process ends
             run_dir = Path(tempfile.mkdtemp(prefix="dry-run-"))
             atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
+    if run_dir or config["dataset"] != "auto":  # before a download, where it can be told
+        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
+    name, reason = resolve_dataset(config["dataset"], config["data_dir"])
+    config |= {"dataset": name, "fallback_reason": reason}
     run_dir = run_dir or default_folder(config, name)
     check_folder(run_dir, overwrite)
     return config, run_dir, False
