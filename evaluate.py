@@ -206,11 +206,15 @@ def arrows(values: list[float]) -> str:
 
 # -- 2. Several runs: one row for the runs that differ only in their seed ------------------------
 
+# What runs may do otherwise than the scripts do by themselves
+USUAL = vars(train_single.build_parser("").parse_args([])) | train_single.FIXED
+CHANGES = (
+    *("accumulation_steps", "sync_bn", "lr", "rotate", "shift", "routing_iterations", "compile"),
+)
 # Runs alike in these, and in the number of finished epochs, differ only in their seed: one row.
 SETTINGS = (
     *("model", "script", "dataset", "world_size", "precision", "effective_batch", "batch_size"),
-    *("accumulation_steps", "sync_bn", "lr", "rotate", "shift", "routing_iterations"),
-    *("train_images", "device_name", "compile"),
+    *(*CHANGES, "train_images", "device_name"),
 )
 # Rows are compared only if they are alike: in what is learned from, in what makes a step ...
 LEARNED = ("dataset", "train_images", "rotate", "shift", "routing_iterations", "lr")
@@ -254,7 +258,7 @@ def read_report(run: dict) -> dict | None:
         ours = all(report[k] == run["config"][k] for k in ("model", "dataset", "seed"))
         ours = ours and set(NEEDED) <= report.keys()
         for angle in TURNED:
-            turned([{"report": report}], angle)  # fails where it is missing
+            turned(report, angle)  # fails where it is missing
         if ours and (not best.exists() or report["checkpoint"] == fingerprint(best)):
             return report
     except (OSError, ValueError, KeyError, TypeError):
@@ -282,9 +286,7 @@ def make_rows(runs: list[dict]) -> list[dict]:
 
 def unusual(config: dict) -> list[str]:
     """What a run does otherwise than the scripts do by themselves, as flags: "--shift 2" ..."""
-    usual = vars(train_single.build_parser("").parse_args([])) | train_single.FIXED
-    flags = ("accumulation_steps", "sync_bn", "lr", "rotate", "shift", "routing_iterations")
-    flags = [name for name in (*flags, "compile") if config[name] != usual[name]]
+    flags = [name for name in CHANGES if config[name] != USUAL[name]]
     values = ("" if config[name] is True else f" {config[name]:g}" for name in flags)
     return [f"--{name.replace('_', '-')}{value}" for name, value in zip(flags, values)]
 
@@ -313,7 +315,7 @@ def summarise(runs: list[dict]) -> dict:
         "val_accuracy": [max(epoch["val_accuracy"] for epoch in history) for history in histories],
         "best_epoch": [run["report"]["kept_epoch"] for run in runs],
         "epochs_to_target": [min(epochs, default=math.inf) for epochs in reached],
-        **{f"turned_{angle}": turned(runs, angle) for angle in TURNED},
+        **{f"turned_{a}": [turned(run["report"], a) for run in runs] for a in TURNED},
         # the median over epochs: the first one warms up, or compiles
         "images_per_second": over_epochs("images_per_second", statistics.median),
         "seconds_per_epoch": over_epochs("seconds", statistics.median),
@@ -327,10 +329,10 @@ def summarise(runs: list[dict]) -> dict:
     return row
 
 
-def turned(runs: list[dict], angle: int) -> list[float]:
-    """Accuracy on the digits turned by this angle either way (see rotation.png), of each run."""
-    found = (run["report"]["rotation"]["accuracy"] for run in runs)
-    return [(by_angle[str(angle)] + by_angle[str(-angle)]) / 2 for by_angle in found]
+def turned(report: dict, angle: int) -> float:
+    """A run's accuracy on the digits turned by this angle, mean of either way (rotation.png)."""
+    accuracy = report["rotation"]["accuracy"]
+    return (accuracy[str(angle)] + accuracy[str(-angle)]) / 2
 
 
 def alike(a: dict, b: dict, *names: str) -> bool:
@@ -666,9 +668,8 @@ def draw_rotation(report: dict, trained: float, out: Path) -> None:
     axis.set(xlabel="rotation in degrees (positive: counter-clockwise)", ylabel="accuracy in %")
     axis.set(xticks=ANGLES[::2], ylim=(0, 103), xlim=(-92, 92))
     figure.legend(loc="outside lower center", ncols=3)
-    mean = {angle: (accuracy[str(angle)] + accuracy[str(-angle)]) / 2 for angle in (30, 60, 90)}
-    turned = ", ".join(f"{value:.1f} % at ±{angle}°" for angle, value in mean.items())
-    title = f"{NAMES[report['model']]}: {accuracy['0']:.1f} % upright, {turned}"
+    means = ", ".join(f"{turned(report, angle):.1f} % at ±{angle}°" for angle in (30, 60, 90))
+    title = f"{NAMES[report['model']]}: {accuracy['0']:.1f} % upright, {means}"
     text = f"(the same {n:,} test digits at each angle, {n // 10} of each class)"
     save(figure, f"{title}\n{text}", out / "rotation.png")
 

@@ -80,7 +80,7 @@ def headline(rows: list[dict]) -> str:
     longest: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: (row["train_images"], row["epochs"])):
         longest[row["model"], row["setup"]] = row
-    chosen = [row for row in rows if row in longest.values()]
+    chosen = [row for row in rows if longest[row["model"], row["setup"]] is row]
     return evaluate.results_table(chosen, HEADLINE)
 
 
