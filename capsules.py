@@ -18,11 +18,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Inside every root: keeps the value AND the gradient finite where a capsule is the zero vector,
-# since d sqrt(x)/dx is infinite at 0. Far below any |s|^2 that matters, far above the smallest
-# number that float32 has (1e-38).
-EPSILON = 1e-12
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision goes up to float32; float32 and float64 stay as they are.
@@ -36,17 +31,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 def squash(s: Tensor) -> Tensor:
     """Shrink vectors to length below 1, keep their direction. [..., D] -> [..., D]; [S17] eq. 1."""
     s = at_least_float32(s)
-    squared_norm = (s * s).sum(dim=-1, keepdim=True)  # [..., 1]
-    #          |s|^2       s
-    #   v =  --------- * -----                                               [S17] eq. 1
-    #        1 + |s|^2    |s|
-    return squared_norm / (1 + squared_norm) * s / torch.sqrt(squared_norm + EPSILON)
+    #          |s|^2       s              |s|
+    #   v =  --------- * -----  =  s * ---------                             [S17] eq. 1
+    #        1 + |s|^2    |s|          1 + |s|^2
+    # The right side, where one |s| is cancelled, is no 0/0 at the zero vector, and vector_norm has
+    # the gradient 0 there, where that of sqrt(sum(s * s)) is infinite.
+    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # [..., 1]
+    return s * (norm / (1 + norm * norm))
 
 
 def capsule_lengths(v: Tensor) -> Tensor:
     """Length of each capsule, its class score in 0..1. [..., D] -> [...]."""
-    v = at_least_float32(v)
-    return torch.sqrt((v * v).sum(dim=-1) + EPSILON)
+    return torch.linalg.vector_norm(at_least_float32(v), dim=-1)
 
 
 def dynamic_routing(

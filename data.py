@@ -7,32 +7,35 @@ state, and one process at batch 64 sees exactly the images that two processes at
 """
 
 import contextlib
+import gzip
+import hashlib
 import io
 import os
+import socket
 import tempfile
-import threading
-import time
+import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 from torch.utils.data import Dataset
 
 VALIDATION_SIZE = {"mnist": 5000, "digits": 200}
 SPLIT_SEED = 20171026  # of the validation part, for every --seed: or runs could not be compared
-STALL_SECONDS = 15  # a download that brings no byte for this long is given up
-MNIST_FILES = {  # name: (size in bytes, magic number, items), from the IDX format's description
-    "train-images-idx3-ubyte": (47_040_016, 2051, 60_000),
-    "train-labels-idx1-ubyte": (60_008, 2049, 60_000),
-    "t10k-images-idx3-ubyte": (7_840_016, 2051, 10_000),
-    "t10k-labels-idx1-ubyte": (10_008, 2049, 10_000),
+SILENCE_SECONDS = 15  # a download that brings no byte for this long is given up
+# MNIST's files, unpacked, and their checksums. FashionMNIST has the same names and sizes: only the
+# content tells them apart.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
 
-class DataError(Exception):
-    """The data cannot be had or is damaged; the message is one line for the user."""
+class UserError(Exception):
+    """Something that the user can mend. One line: what is wrong, what to do. Exit code 2."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -40,91 +43,82 @@ class DataError(Exception):
 # ------------------------------------------------------------------------------------------------
 
 
-def mnist_is_there(data_dir: str | Path) -> bool:
-    """True if all four MNIST files lie in data_dir, whole; DataError if one of them is damaged.
+def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
+    """The content of one MNIST file, unpacked; None if it is missing, UserError if it is another's.
 
-    torchvision only looks whether the files exist, and would go on with half a file.
+    What is checked is what is returned, so nothing else in the folder can be read by mistake.
     """
-    raw = Path(data_dir) / "MNIST" / "raw"
-    found = [raw / name for name in MNIST_FILES if (raw / name).exists()]
-    for path in found:
-        size, magic, items = MNIST_FILES[path.name]
-        with open(path, "rb") as file:
-            head = file.read(8)  # big-endian: magic number, number of items
-        actual = path.stat().st_size
-        expected = magic.to_bytes(4, "big") + items.to_bytes(4, "big")
-        if actual != size or head != expected:
-            what = f"{actual:,} bytes instead of {size:,}" if actual != size else "a wrong header"
-            raise DataError(f"{path} is damaged ({what}): delete it and start again")
-    return len(found) == len(MNIST_FILES)
+    path = Path(data_dir) / "MNIST" / "raw" / name
+    if not path.exists():
+        path = path.with_name(f"{name}.gz")
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except FileNotFoundError:
+        return None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        content = b""  # half a file: its checksum is wrong as well
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_MD5[name]:
+        raise UserError(
+            f"{path} is not MNIST's: it is damaged, or of another dataset; move it elsewhere, or "
+            "give another --data-dir"
+        )
+    return content
 
 
 def download_mnist(data_dir: str | Path) -> None:
-    """Download MNIST into data_dir by torchvision; DataError if that fails or stalls.
+    """Download MNIST into data_dir by torchvision; UserError if that fails.
 
-    The files arrive in a temporary folder and are moved when they are whole, so that a stop in the
-    middle leaves nothing half-written. A network that swallows packets would block for minutes: the
-    download runs in a thread, and is left behind when no byte has come for STALL_SECONDS.
+    The files arrive in a scratch folder and are moved when they are whole, so that a stop in the
+    middle leaves nothing half-written in their place.
     """
-    outcome: list[str] = []
+    import torchvision  # here, as it takes as long to import as PyTorch itself
 
-    def work(folder: str) -> None:
-        try:
-            torchvision.datasets.MNIST(folder, download=True)
-            outcome.append("")
-        except Exception as error:  # noqa: BLE001 - whatever it was, it is told to the user
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            outcome.append(lines[-1] if lines else type(error).__name__)
-
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)  # else a network that swallows packets blocks us
     try:
         os.makedirs(data_dir, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(
-            prefix=".download-", dir=data_dir, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise DataError(f"cannot write to {data_dir}: {error.strerror}") from None
-    with scratch as folder, contextlib.redirect_stdout(io.StringIO()):
-        thread = threading.Thread(target=work, args=(folder,), daemon=True)
-        thread.start()
-        arrived, last_news = 0, time.monotonic()
-        while thread.is_alive() and time.monotonic() - last_news < STALL_SECONDS:
-            thread.join(0.2)
-            size = 0
-            for path in Path(folder).rglob("*"):
-                with contextlib.suppress(OSError):  # may just have been renamed
-                    size += path.stat().st_size
-            if size != arrived:
-                arrived, last_news = size, time.monotonic()
-        if thread.is_alive():
-            raise DataError(f"download failed: no answer for {STALL_SECONDS} s")
-        if outcome != [""]:
-            raise DataError(f"download failed: {outcome[0]}")
-        raw = Path(data_dir) / "MNIST" / "raw"
-        try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as scratch,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            torchvision.datasets.MNIST(scratch, download=True)
+            raw = Path(data_dir) / "MNIST" / "raw"
             raw.mkdir(parents=True, exist_ok=True)
-            for name in MNIST_FILES:
-                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
-        except OSError as error:
-            raise DataError(f"cannot write to {raw}: {error.strerror}") from None
+            for name in MNIST_MD5:
+                os.replace(Path(scratch) / "MNIST" / "raw" / name, raw / name)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the user is told
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"its download failed: {lines[-1]}") from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
     """What "auto", "mnist" or "digits" means here: (name, why MNIST could not be had or "").
 
-    "auto" falls back to the digits only where MNIST cannot be had. A damaged file is an error under
-    "auto" too: silently training on something else would be worse. "digits" never asks the network.
+    "auto" falls back to the digits only where MNIST cannot be had. A file that is not MNIST's is an
+    error under "auto" too. "digits" never asks the network.
     """
-    if choice == "digits" or mnist_is_there(data_dir):
-        return ("digits" if choice == "digits" else "mnist"), ""
+    if choice == "digits":
+        return "digits", ""
+    missing = [name for name in MNIST_MD5 if read_mnist(data_dir, name) is None]
+    if not missing:
+        return "mnist", ""
     try:
         download_mnist(data_dir)
         return "mnist", ""
-    except DataError as error:
+    except UserError as error:
+        raw = Path("MNIST") / "raw"
+        places = (Path(data_dir), Path(data_dir) / raw)
+        found = sorted(str(f.relative_to(data_dir)) for p in places for f in p.glob("*ubyte*"))
+        reason = f"{data_dir} has no {', no '.join(str(raw / name) for name in missing)}"
+        reason += f" (but it has {', '.join(found)})" if found else ""
         if choice == "auto":
-            return "digits", str(error)
-        raise DataError(
-            f"MNIST is not in {data_dir} and the {error}; put its four files in "
-            f"{Path(data_dir) / 'MNIST' / 'raw'}, or use --dataset digits"
+            return "digits", f"{reason}, and {error}"
+        raise UserError(
+            f"{reason}, and {error}; put MNIST's files there, or use --dataset digits"
         ) from None
 
 
@@ -134,12 +128,14 @@ def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
     The test part is evaluate.py's alone; training never loads it.
     """
     if name == "mnist":
-        if not mnist_is_there(data_dir):
-            raise DataError(f"MNIST is no longer in {data_dir}: give its folder with --data-dir")
-        mnist = torchvision.datasets.MNIST(str(data_dir), train=part != "test")
-        images, labels = mnist.data, mnist.targets
-        if labels.max() > 9:
-            raise DataError(f"the labels in {data_dir} are damaged: delete MNIST/raw there")
+        stem = "t10k" if part == "test" else "train"
+        kinds = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
+        contents = [read_mnist(data_dir, kind) for kind in kinds]
+        if None in contents:
+            raise UserError(f"MNIST is not in {data_dir}: give its folder with --data-dir")
+        # IDX format: 16 bytes of header before the images, 8 before the labels, then one byte each
+        images, labels = (torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents)
+        images, labels = images[16:].view(-1, 28, 28), labels[8:].long()
     else:
         images, labels = _digits(test=part == "test")
     if part == "test":
@@ -176,8 +172,10 @@ def prepare(
     shifts [B, 2] moves each image by its own pixels, of 28, to the right and down; then degrees [B]
     turns it by its own angle, counter-clockwise as torchvision's rotate does. Shift, rotation and
     resize are ONE bilinear grid_sample; standardisation comes after it, so that the corners which
-    turn into the picture are black (0) and not grey (mean).
+    turn into the picture are black (0) and not grey (mean). TypeError if images are not uint8.
     """
+    if images.dtype != torch.uint8:  # floats in 0..1 would be divided by 255 again
+        raise TypeError(f"prepare wants uint8 images in 0..255, not {images.dtype}")
     x = images.unsqueeze(1).float() / 255  # [B, 28, 28] -> [B, 1, 28, 28] in 0..1
     if degrees is not None or shifts is not None or model.side != x.shape[-1]:
         zero = torch.zeros(len(x), device=x.device)

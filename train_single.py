@@ -1,791 +1,500 @@
-"""Train AlexCapsNet or ResCapsNet on one device, in float32 (on a GPU with TF32 products).
+"""Train AlexCapsNet or ResCapsNet on one device, in float32 (TF32 on a GPU).
 
-    python train_single.py --model alexcaps                  20 epochs of MNIST; offline: of digits
-    python train_single.py --model rescaps --epochs 3        a shorter run
-    python train_single.py --model alexcaps --dry-run        one batch through everything
-    python train_single.py --resume --run-dir runs/alexcaps-single        go on after any stop
+    python train_single.py --model alexcaps                20 epochs of MNIST
+    python train_single.py --model rescaps --epochs 3      a shorter run
+    python train_single.py --model alexcaps --dry-run      one batch through everything
+    python train_single.py --resume runs/alexcaps-single   go on after any stop
 
-Writes config.json, metrics.csv, last.pt and best.pt to runs/<model>-single/, for evaluate.py. On 2
-CPU cores AlexCapsNet takes two minutes an epoch: 98.9 % of the validation digits after the first,
-99.5 % after ten.
+Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
+evaluate.py. On 2 CPU cores AlexCapsNet takes two minutes an epoch: 98.9 % of the
+validation digits are right after the first, 99.5 % after ten.
 
-Four parts: one epoch and validation (the lesson) · the run folder and its checkpoints (skip it at
-first reading) · the command line and its checks · main. train_ddp.py adds devices and precision.
+Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what is
+saved of it; 3. the command line; 4. main. train_ddp.py adds devices and precision.
 """
 
+if __name__ == "__main__":
+    print("loading PyTorch ...", flush=True)  # two seconds and more, without another word
+
 import argparse
-import atexit
 import ctypes
+import fcntl
 import io
 import json
 import math
 import os
-import platform
+import secrets
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import zipfile
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from alexcaps import AlexCapsNet
 from capsules import capsule_lengths, margin_loss
-from data import DataError, DigitBatches, as_batch, epoch_seed, load, resolve_dataset
+from data import DigitBatches, UserError, as_batch, epoch_seed, load, resolve_dataset
 from rescaps import ResCapsNet
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
-LOOK_EVERY = 50  # steps between two looks at the loss; each look makes the CPU wait for the device
 VALIDATION_BATCH = 500  # larger than in training: there are no gradients to keep in memory
+LOOK_SECONDS = 0.5  # between two looks at the sums: see watch
+
+# -- 1. One epoch and validation -------------------------------------------------------------------
 
 
-class UsageError(Exception):
-    """A mistake of the user's. The message is one line: what is wrong, what to do. Exit code 2."""
+def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
+    """One pass over the training images -> sums over them, [3]: loss, hits, images (see tally).
 
-
-class RunFailed(Exception):
-    """The run cannot go on (loss not finite, disk full). One line as well. Exit code 1."""
-
-    everyone_knows = True  # in a distributed run: raised on all ranks, so that one may print it
-
-
-# ------------------------------------------------------------------------------------------------
-# 1. One epoch and validation. Start at train_one_epoch: Totals only counts.
-# ------------------------------------------------------------------------------------------------
-
-
-class Totals:
-    """Sums of loss and hits over an epoch, left on the device and looked at every LOOK_EVERY steps.
-
-    Calling loss.item() in every step would make the CPU wait for the device in every step.
+    `run` (part 2) owns the model, its optimizer, the settings and the epochs finished so far.
     """
-
-    def __init__(self, epoch: int, bar: tqdm):
-        self.epoch, self.bar = epoch, bar
-        self.pending: list[Tensor] = []  # one tensor [3] per step: loss * images, hits, images
-        self.step, self.loss, self.hits, self.images = 0, 0.0, 0, 0
-        self.peak_memory_mib: int | str = ""  # blank on a CPU
-
-    def add(self, loss: Tensor, lengths: Tensor, labels: Tensor) -> None:
-        """Note one step: its mean loss (a scalar), lengths [B, J] and labels [B]."""
-        hits = (lengths.argmax(dim=1) == labels).sum()
-        images = hits.new_full((), len(labels))  # made on the device: a copy to it would wait
-        self.pending.append(torch.stack([loss.detach() * images, hits, images]))
-        if len(self.pending) == LOOK_EVERY:
-            self.look()
-
-    def look(self) -> None:
-        """Bring the pending steps to the CPU, stop if a loss is not finite, show the bar."""
-        if self.pending:
-            steps = self.collect()
-            if steps.is_cuda:  # noted here, as the larger batches of validation will take more
-                self.peak_memory_mib = round(torch.cuda.max_memory_allocated() / 2**20)
-            steps = steps.tolist()  # CPU-GPU sync point
-            self.pending.clear()
-            for loss, hits, images in steps:
-                self.step += 1
-                if not math.isfinite(loss):
-                    raise RunFailed(
-                        f"the loss is {loss} in epoch {self.epoch}, step {self.step}: try a lower "
-                        "--lr; the checkpoints of the epochs before are kept"
-                    )
-                self.loss, self.hits = self.loss + loss, self.hits + int(hits)
-                self.images += int(images)
-            self.bar.set_postfix_str(f"loss {self.mean_loss:.4f}, accuracy {self.accuracy:.2f} %")
-            self.bar.update(self.images - self.bar.n)
-
-    def collect(self) -> Tensor:
-        """The pending steps as one tensor [steps, 3]."""
-        return torch.stack(self.pending)
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.images
-
-    @property
-    def accuracy(self) -> float:
-        """In percent."""
-        return 100 * self.hits / self.images
-
-
-def train_one_epoch(training: "Training", dataset: DigitBatches, config: dict) -> Totals:
-    """One pass over the training images, in the order and at the angles of (seed, epoch).
-
-    `training` holds the model, its optimizer and the epochs finished so far (part 2), `config` the
-    flags (part 3).
-    """
-    model, optimizer, epoch = training.model, training.optimizer, training.epoch + 1
-    dataset.set_epoch(config["seed"], epoch)
+    model, optimizer, config, epoch = run.model, run.optimizer, run.config, len(run.history) + 1
+    dataset.set_epoch(config["seed"], epoch)  # draws this epoch's angles
+    # Not shuffle=True: with a generator of its own, the order follows from (seed, epoch) alone.
     generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
-    # Not shuffle=True: with a generator of its own the order follows from (seed, epoch) alone
     sampler = RandomSampler(dataset, generator=generator)
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    model.train()
-    with progress_bar(epoch, config["epochs"], len(dataset)) as bar:
-        totals = Totals(epoch, bar)
-        for images, labels in loader:  # [B, 1, side, side], [B]
-            lengths = capsule_lengths(model(images))  # [B, J, D] -> [B, J]
-            loss = margin_loss(lengths, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            totals.add(loss, lengths, labels)
-            if config["dry_run"]:
-                break
-        totals.look()
-    return totals
-
-
-@torch.no_grad()
-def validate(model: nn.Module, dataset: DigitBatches, indices=None, one_batch=False) -> Tensor:
-    """Sums over images, float64 [3]: loss, hits, images. `indices` picks a share of the images.
-
-    Sums instead of means, so that the shares of several processes can simply be added.
-    """
-    model.eval()  # BatchNorm: the running statistics, not the batch's
-    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
-    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
-    for images, labels in loader:
-        lengths = capsule_lengths(model(images))
-        hits = (lengths.argmax(dim=1) == labels).sum()
-        count = hits.new_full((), len(labels))
-        sums += torch.stack([margin_loss(lengths, labels) * count, hits, count])
-        if one_batch:
-            break
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)  # float64: no rounding
+    model.train()  # BatchNorm: the statistics of the batch
+    # The batches come ready from the device and the sums stay there: the network is all it costs.
+    for images, labels in watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite):
+        lengths = capsule_lengths(model(images))  # [B, 1, side, side] -> [B, J, D] -> [B, J]
+        loss = margin_loss(lengths, labels)
+        optimizer.zero_grad()  # or backward would add to the last step's gradients
+        loss.backward()
+        optimizer.step()
+        sums += tally(loss, lengths, labels)
     return sums
 
 
-def progress_bar(epoch: int, epochs: int, images: int, hidden: bool = False) -> tqdm:
-    """A bar that counts images; not drawn where stderr is no terminal: logs stay readable."""
-    style = {"unit": " images", "leave": False, "disable": hidden or None}
-    return tqdm(total=images, desc=f"epoch {epoch}/{epochs}", **style)
+@torch.no_grad()
+def validate(model: nn.Module, dataset: DigitBatches, share=None, hidden: bool = False) -> Tensor:
+    """The same sums over the validation images, or over the share of them with these indices.
+
+    Sums and not means, so that the shares of several processes can simply be added.
+    """
+    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=share, collate_fn=as_batch)
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
+    model.eval()  # BatchNorm: the running statistics
+    for images, labels in watch(loader, sums, "validation", Tensor.tolist, hidden):
+        lengths = capsule_lengths(model(images))
+        sums += tally(margin_loss(lengths, labels), lengths, labels)
+    return sums
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The run folder and its checkpoints
-# ------------------------------------------------------------------------------------------------
+def tally(loss: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    """What a batch adds to the sums: [loss x images, hits, images], on the device.
 
-CHECKPOINT_FORMAT = "capsnet-checkpoint-1"
-CHECKPOINT_KEYS = {
-    *("model", "optimizer", "scheduler", "scaler", "epoch", "best", "history", "config"),
-}
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json")
-COLUMNS = (
-    *("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),  # accuracies in percent
-    *("lr", "seconds", "images_per_second", "peak_memory_mib"),  # times: of the training part
-)
+    loss is the batch's mean, lengths [B, J], labels [B]. Nothing here waits for the device, as
+    loss.item() would in every step.
+    """
+    hits = (lengths.argmax(dim=1) == labels).sum()
+    images = torch.ones_like(hits) * len(labels)
+    return torch.stack([loss.detach() * images, hits, images])
 
 
-@dataclass
-class Training:
-    """All that changes during a run, which is all that a checkpoint must hold."""
+def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = False):
+    """Hand out the loader's batches, and look at the sums about every half second.
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None = None  # of mixed precision: train_ddp.py
-    epoch: int = 0  # epochs finished
-    best: dict | None = None  # epoch, val_accuracy and val_loss of best.pt
-    history: list[dict] = field(default_factory=list)  # the rows of metrics.csv
+    look(numbers) brings them to the CPU, which has to wait there until the device has done all
+    steps so far: too dear for every step, but a progress bar and a loss that is no number need it.
+    """
+    step, due, looked = 0, 1, time.perf_counter()  # the step and the time of the last look
+    with tqdm(total=len(loader), desc=title, leave=False, disable=hidden or None) as bar:
+        for number, batch in enumerate(loader, start=1):
+            yield batch  # the caller's loop body runs here, and adds the batch to `sums`
+            if number in (due, len(loader)):
+                now = time.perf_counter()
+                pace = sums.new_tensor([number - step, now - looked])
+                loss, hits, images, steps, seconds = look(torch.cat([sums, pace]))
+                # Where look adds up over ranks, steps / seconds is still the pace of one, and the
+                # same on all: they meet again at the same step.
+                due = number + max(1, int(LOOK_SECONDS * steps / seconds))
+                bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
+                bar.update(number - step)
+                step, looked = number, now
 
-    def state(self, config: dict) -> dict:
-        """Tensors and plain Python types: torch.load(weights_only=True) refuses anything else."""
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "epoch": self.epoch,
-            "best": self.best,
-            "history": self.history,
-            "config": config,
-        }
 
-    def restore(self, checkpoint: dict, path: Path) -> None:
-        """Go back to a checkpoint that load_checkpoint has read; UsageError if it does not fit."""
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            if self.scaler:
-                self.scaler.load_state_dict(checkpoint["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(
-                f"{path} does not fit this run's model and optimizer: start again with --overwrite"
-            ) from None
-        self.epoch, self.best = checkpoint["epoch"], checkpoint["best"]
+def finite(sums: Tensor) -> list[float]:
+    """The sums on the CPU; UserError if the loss among them is not a finite number."""
+    numbers = sums.tolist()  # CPU-GPU sync point
+    if not math.isfinite(numbers[0]):
+        raise UserError(f"the loss is {numbers[0]}: try a lower --lr (for fp16: --precision bf16)")
+    return numbers
+
+
+# -- 2. A run, and what is saved of it -------------------------------------------------------------
+
+SAVED = ("model", "optimizer", "scheduler", "scaler")
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
+COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
+ROW = {"epoch": 0} | dict.fromkeys(COLUMNS, 0.0)  # of the history: accuracies are in percent
+
+
+class Run:
+    """A training run: its settings, all that changes in it, and the epochs that are finished.
+
+    For a resumed run to end with the same bits, all that changes must be saved: weights and running
+    statistics of BatchNorm, Adam's two moments of each weight and its step count, the schedule's
+    epoch count, the scale of mixed precision. No random state is: what is random in epoch e is a
+    function of (seed, e). The epoch's number and the best epoch follow from the history.
+    """
+
+    def __init__(self, config: dict, device: torch.device):
+        self.config, self.history = config, []  # a row for each finished epoch
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            # TF32: products of numbers with 10 bits of mantissa instead of 23, but much faster
+            torch.set_float32_matmul_precision("high")
+        torch.manual_seed(config["seed"])
+        network = MODELS[config["model"]](config["routing_iterations"])
+        # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory,
+        # as oneDNN and cuDNN like it best: a fifth less time per step on a CPU.
+        self.model = network.to(device, memory_format=torch.channels_last)
+        if config["compile"]:
+            # dynamic=False: one program for each batch size (32, the short last batch, validation)
+            # instead of a slower one for all sizes.
+            self.model.compile(dynamic=False)
+        # fused: one kernel updates all weights
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.7)
+        # Of mixed precision, for train_ddp.py. Outside of float16 it does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config["precision"] == "fp16")
+
+    @property
+    def best(self) -> dict:
+        """The row of the best epoch so far; of equals max keeps the first, which cost less."""
+        return max(self.history, key=lambda row: row["val_accuracy"])
+
+    def state(self) -> dict:
+        """Tensors and plain Python types: torch.load(weights_only=True) takes nothing else."""
+        parts = {name: getattr(self, name).state_dict() for name in SAVED}
+        return {"config": self.config, "history": self.history, **parts}
+
+    def load(self, checkpoint: dict, path: Path) -> None:
+        """Go back to a checkpoint; UserError if it is of another network or program version."""
+        expected = self.state()
+        if checkpoint["history"]:  # from the first step on, Adam keeps three things of each weight
+            expected["optimizer"]["state"] = {
+                k: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+                for k, p in enumerate(self.model.parameters())
+            }
+        expected |= {"history": [ROW] * len(checkpoint["history"]), "config": checkpoint["config"]}
+        # Compared as a whole: a moment of another shape would crash the fused Adam, not raise.
+        if outline(checkpoint) != outline(expected):
+            raise UserError(f"{path} is no checkpoint of this network in this version of the code")
+        if len(checkpoint["history"]) > self.config["epochs"]:
+            raise UserError(f"--epochs is less than the {len(checkpoint['history'])} that are done")
+        for name in SAVED:
+            getattr(self, name).load_state_dict(checkpoint[name])
         self.history = checkpoint["history"]
 
+    def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
+        """Add an epoch, given its sums, to the history, and lower the learning rate."""
+        row = ROW | {"epoch": len(self.history) + 1}
+        for part, sums in (("train", trained), ("val", validated)):
+            loss, hits, images = finite(sums)
+            row[f"{part}_loss"] = round(loss / images, 6)
+            row[f"{part}_accuracy"] = round(100 * hits / images, 3)
+        lr = float(f"{self.scheduler.get_last_lr()[0]:.6g}")
+        row |= {"lr": lr, "seconds": round(seconds, 2)}
+        self.history.append(row)
+        self.scheduler.step()  # of epochs, not of batches
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write, flush, rename: at any moment `path` holds either its old or its new content, whole."""
-    scratch = path.with_name(path.name + ".tmp")
+    def claim(self, folder: Path, may_hold_run: bool) -> None:
+        """Make the run folder and lock it until this process ends, however it ends.
+
+        UserError where another training has the lock, or where there is a run that must stay.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        # The kernel holds the lock as long as the file is open, also for a process that is killed.
+        self.lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW))
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cure = "choose another --run-dir (several processes of one run: torchrun train_ddp.py)"
+            raise UserError(f"another training is writing to {folder}: {cure}") from None
+        # Asked under the lock: two that start at once cannot both find the folder empty.
+        if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
+            raise UserError(f"{folder} holds a run: --resume goes on, --overwrite replaces it")
+        for scratch in folder.glob(".*.pt.*.tmp"):  # of a process killed while it wrote
+            scratch.unlink()
+
+    def save(self, folder: Path) -> None:
+        """Write the run as it stands after an epoch, or before the first, so any stop can resume.
+
+        best.pt comes before last.pt: a stop between them repeats the epoch, and ends the same.
+        """
+        buffer = io.BytesIO()
+        torch.save(self.state(), buffer)
+        if self.history and self.best is self.history[-1]:
+            write_file(folder / "best.pt", buffer.getvalue())
+        write_file(folder / "last.pt", buffer.getvalue())
+        if not self.history:  # --overwrite: only now, as the new run is there, the old one goes
+            for name in ("best.pt", "report.json"):
+                (folder / name).unlink(missing_ok=True)
+        # For people and for archived results; training never reads these two.
+        lines = [",".join(map(str, row)) for row in (ROW, *(r.values() for r in self.history))]
+        write_file(folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
+        write_file(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+
+    def epoch_line(self) -> str:
+        """What is printed after each epoch; * marks the best so far."""
+        row, mark = self.history[-1], " *" if self.best is self.history[-1] else ""
+        text = (
+            "epoch {epoch:2}/{} | train loss {train_loss:.4f} acc {train_accuracy:#.4g}"
+            " | val loss {val_loss:.4f} acc {val_accuracy:#.4g} | {seconds:.0f} s"
+        )
+        return text.format(self.config["epochs"], **row) + mark
+
+
+def outline(state):
+    """The structure of a state without its values: names, types, and the shapes of tensors."""
+    if isinstance(state, Tensor):
+        return state.dtype, state.shape
+    if isinstance(state, dict):
+        return {name: outline(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [outline(value) for value in state]
+    return type(state)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write, flush, rename: at any moment `path` holds either its old or its new content, whole.
+
+    The scratch file has a name of its own, so two writers, or a link that somebody left in the
+    folder, cannot lead the content elsewhere.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(scratch, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(scratch, "xb") as file:
+            file.write(content)
+            file.flush()  # from Python to the kernel,
+            os.fsync(file.fileno())  # and from there to the disk, before the name points to it
         os.replace(scratch, path)
     except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
-        raise RunFailed(f"cannot write {path}: {error.strerror}; its old content is kept") from None
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Save a checkpoint (Training.state) atomically; RunFailed where the disk refuses."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path, config: dict) -> dict:
-    """The checkpoint at `path`; UsageError if it is missing, damaged or of another run."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
+def load_checkpoint(path: Path) -> dict:
+    """What Run.save wrote to `path`; UserError if it is damaged or something else."""
+    content = io.BytesIO(path.read_bytes())
+    with suppress(Exception):  # a damaged file makes the reader fail in any way at all
+        damaged = zipfile.ZipFile(content).testzip()  # torch.load does not compare checksums
+        content.seek(0)
         # weights_only: a pickle may run any code when it is loaded; this refuses all but tensors
         # and plain types.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # noqa: BLE001 - a damaged file makes the reader fail in any way at all
-        raise UsageError(f"{path} is damaged or is no checkpoint: restore a copy of it") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UsageError(f"{path} is no checkpoint of this program")
-    if not checkpoint.keys() >= CHECKPOINT_KEYS:
-        raise UsageError(f"{path} is no whole checkpoint")
-    for name in RECIPE:
-        if checkpoint["config"].get(name) != config[name]:
-            raise UsageError(f"{path} is of another run than config.json beside it: {name} differs")
-    if checkpoint["epoch"] > config["epochs"]:
-        raise UsageError(
-            f"--epochs {config['epochs']} is less than the {checkpoint['epoch']} that {path} has"
-        )
-    return checkpoint
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        kinds = type(checkpoint["config"]), type(checkpoint["history"])
+        if damaged is None and kinds == (dict, list):
+            return checkpoint
+    raise UserError(f"{path} is damaged, or no checkpoint of this program")
 
 
-def load_config(run_dir: Path) -> dict:
-    """config.json of a run folder; UsageError if there is none or it is damaged."""
-    path = Path(run_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{run_dir} holds no run: there is no {path}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path} is damaged: it is no JSON") from None
-    for name, kind in (RECIPE | FREE).items():
-        if not isinstance(config, dict) or not isinstance(config.get(name, ...), kind):
-            raise UsageError(f"{path} is no run's config: {name} is missing or of a wrong type")
-    if config["model"] not in MODELS or config["dataset"] not in ("mnist", "digits"):
-        raise UsageError(f"{path} names an unknown model or dataset")
-    return config
+# -- 3. The command line ---------------------------------------------------------------------------
+
+# What train_ddp.py varies, as it is for this script
+FIXED = {"script": "single", "world_size": 1, "precision": "fp32", "accumulation_steps": 1}
+# Said at the start and at the end: nobody shall take the one for the other
+NOTE = {"mnist": "", "digits": "\nNOTE: this is scikit-learn's 1,797 small digits, not MNIST"}
+FREE = ("--resume", "--epochs", "--data-dir", "--device", "--compile")  # may change
 
 
-def write_metrics(run_dir: Path, history: list[dict]) -> None:
-    """metrics.csv, written whole each time: a run that was killed leaves no row twice."""
-    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in history)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_atomically(run_dir / "metrics.csv", text)
+def number(kind: type, low: float, high: float, text: str) -> float:
+    """A type for argparse, by partial: an int or float within low..high."""
+    with suppress(ValueError):
+        if low <= kind(text) <= high:  # nan is not
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
 
 
-def begin(run_dir: Path, training: Training, config: dict, resume: bool) -> None:
-    """Make the run folder as it stands before epoch 1, or go on with it; say what is trained."""
-    if resume:
-        write_metrics(run_dir, training.history)  # a kill may have come after last.pt, before it
-    else:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            for name in (*RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES), "report.json"):
-                (run_dir / name).unlink(missing_ok=True)  # --overwrite: no old one is read again
-        except OSError as error:
-            raise UsageError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
-        save_checkpoint(run_dir / "last.pt", training.state(config))  # so every stop is resumable
-    if training.epoch < config["epochs"]:  # a finished run keeps the record of its machine
-        write_atomically(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
-    say_fallback(config)
-    resumed = f", resumed after epoch {training.epoch}" if training.epoch else ""
-    print(f"{intro(config)}\nrun folder: {run_dir}{resumed}", flush=True)
+def path(text: str) -> str:
+    """A type for argparse: a path, with ~ expanded; the shell leaves it in --data-dir=~/mnist."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return os.path.expanduser(text)
 
 
-def count_epoch(
-    training: Training, config: dict, totals: Totals, validated: list[float], seconds: float
-) -> None:
-    """Add the finished epoch to the history and lower the learning rate."""
-    loss, hits, images = validated
-    if not math.isfinite(loss):
-        raise RunFailed(f"the validation loss is {loss} in epoch {totals.epoch}: try a lower --lr")
-    training.epoch += 1
-    row = {
-        "epoch": training.epoch,
-        "train_loss": round(totals.mean_loss, 6),
-        "train_accuracy": round(totals.accuracy, 3),
-        "val_loss": round(loss / images, 6),
-        "val_accuracy": round(100 * hits / images, 3),
-        "lr": training.optimizer.param_groups[0]["lr"],
-        "seconds": round(seconds, 2),
-        "images_per_second": round(totals.images / seconds, 1),
-        "peak_memory_mib": totals.peak_memory_mib,
-    }
-    if config["device"].startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    training.history.append(row)
-    training.scheduler.step()
-    if training.best is None or row["val_accuracy"] > training.best["val_accuracy"]:  # tie: earlier
-        training.best = {name: row[name] for name in ("epoch", "val_accuracy", "val_loss")}
-
-
-def save_epoch(run_dir: Path, training: Training, config: dict) -> None:
-    """Save the epoch that count_epoch counted and print its line; best.pt comes before last.pt."""
-    state, row = training.state(config), training.history[-1]
-    if training.best["epoch"] == training.epoch:
-        save_checkpoint(run_dir / "best.pt", state)
-    save_checkpoint(run_dir / "last.pt", state)
-    write_metrics(run_dir, training.history)
-    print(epoch_line(row, config["epochs"]), flush=True)
-
-
-def epoch_line(row: dict, epochs: int) -> str:
-    """What is printed after each epoch, from its row of metrics.csv."""
-    return (
-        f"epoch {row['epoch']:2.0f}/{epochs}  training {row['train_loss']:.4f} "
-        f"{row['train_accuracy']:6.2f} %  validation {row['val_loss']:.4f} "
-        f"{row['val_accuracy']:6.2f} %  lr {row['lr']:.2g}  {row['seconds']:.0f} s  "
-        f"{row['images_per_second']:,.0f} images/s"
-    )
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. The command line and its checks
-# ------------------------------------------------------------------------------------------------
-
-# What makes a run the run it is, with its type in config.json: --resume accepts no other value.
-RECIPE = {
-    "script": str,
-    "model": str,
-    "dataset": str,
-    "batch_size": int,
-    "lr": (int, float),
-    "routing_iterations": int,
-    "rotate": (int, float),
-    "shift": (int, float),
-    "train_size": (int, type(None)),
-    "seed": int,
-    "dry_run": bool,
-    "world_size": int,
-    "precision": str,
-    "accumulation_steps": int,
-    "sync_bn": bool,
-}
-FREE = {"epochs": int, "data_dir": str, "device": str, "compile": bool}  # may change on resume
-FIXED = {  # what train_ddp.py varies, as it is for this script
-    "script": "single",
-    "world_size": 1,
-    "precision": "fp32",
-    "accumulation_steps": 1,
-    "sync_bn": False,
-}
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it is, and each flag with its default."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that answers a mistake with one line instead of its usage text."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (see --help)")
-
-
-def number(kind: type, low: float, high: float):
-    """A type for argparse: an int or float within low..high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # which lies within nothing
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:,}")
-        return value
-
-    return parse
-
-
-def build_parser(description: str) -> Parser:
+def build_parser(description: str) -> argparse.ArgumentParser:
     """The flags that both training scripts have."""
-    parser = Parser(description=description, formatter_class=Help, allow_abbrev=False)
-    flag, count = parser.add_argument, number(int, 1, 10**6)
+    # fmt: off
+    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
+        usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, count = parser.add_argument, partial(number, int, 1, 10**6)
+    rate, size = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
     flag("--model", choices=MODELS, help="which network; needed to start a run")
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
          help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
-    flag("--data-dir", default="data", help="folder with MNIST/raw; downloaded if absent")
-    flag("--epochs", type=count, default=20, help="passes over the training images")
-    flag("--batch-size", type=count, default=32, help="images per step and process")
-    flag("--lr", type=number(float, 1e-9, 100), default=1e-3,
-         help="Adam's learning rate, times 0.7 every 2 epochs")
-    flag("--routing-iterations", type=count, default=3, help="of dynamic routing")
-    flag("--rotate", type=number(float, 0, 180), default=10.0,
-         help="training images are turned by up to this many degrees, either way")
-    flag("--shift", type=number(float, 0, 14), default=0.0,
-         help="and moved by up to this many pixels, in each direction")
-    flag("--train-size", type=count, help="train on the first N images; for a quick try")
-    flag("--seed", type=number(int, 0, 10**9), default=0,
-         help="of weights, order, angles and shifts")
-    flag("--device", help="cpu, cuda, cuda:1 ...; if not given, the GPU where there is one")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
-         help="torch.compile: minutes at the start, faster steps after it")
-    flag("--dry-run", action="store_true", help="one batch through everything; no run is kept")
-    flag("--run-dir", type=Path, help="if not given, runs/<model>-<script>[-digits][-seedN]")
-    flag("--resume", action="store_true", help="go on with the run in the run folder")
-    flag("--overwrite", action="store_true", help="start anew where the folder holds a run")
+    flag("--data-dir", type=path, metavar="DIR", default="data", help="holds MNIST/raw (data)")
+    flag("--epochs", type=count, metavar="N", default=20, help="over the training images (20)")
+    flag("--batch-size", type=count, metavar="N", default=32, help="per step and process (32)")
+    flag("--lr", type=rate, default=1e-3, help="of Adam, times 0.7 every 2 epochs (0.001)")
+    flag("--routing-iterations", type=count, metavar="N", default=3, help="of capsules (3)")
+    flag("--rotate", type=size, metavar="R", default=10.0, help="digits by up to R degrees (10)")
+    flag("--shift", type=size, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
+    flag("--train-size", type=count, metavar="N", help="at most the first N training images")
+    flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
+    flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
+    flag("--compile", action="store_true", help="torch.compile: minutes first, then faster steps")
+    flag("--dry-run", action="store_true", help="one step of everything, into runs/dry-run")
+    flag("--run-dir", type=path, metavar="DIR", help="else runs/<model>-<script>[-digits][-seedN]")
+    flag("--resume", type=path, metavar="RUN",
+         help="go on with the run in this folder; may change epochs, data-dir, device, compile")
+    flag("--overwrite", action="store_true", help="replace the run in the run folder")
+    # fmt: on
     return parser
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best one there is; UsageError if it is missing."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found if found and found.type == "cuda" else torch.device("cpu")
+    """The device of that name, or the best one there is; UserError if there is none of it."""
     try:
-        device = torch.device(name or best)
-    except RuntimeError:
-        raise UsageError(f"{name!r} is no device: try --device {best}") from None
-    count = torch.accelerator.device_count() if found and device.type == found.type else 0
-    if device.type != "cpu" and (device.index or 0) >= count:
-        raise UsageError(f"this machine has no device {name}: try --device {best}")
-    if device.type not in ("cpu", "cuda"):
-        print(f"note: this code is untested on {device.type}")
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)  # PyTorch itself says what is wrong with it
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly, without a word
+        raise UserError(f"--device {name}: this code is written for cpu and cuda")
     return device
 
 
-def plan_run(parser: Parser, fixed: dict, find_begun=None) -> tuple[dict, Path, bool]:
-    """The command line as (config, run folder, whether to resume). Checks; writes no run.
+def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
+    """The command line -> (settings, run folder, checkpoint or None, may the folder hold a run).
 
-    `fixed` is what no flag chooses: the script, the world size. MNIST may be downloaded here.
-    find_begun(config, run_dir) may name a folder to resume though no --resume was given.
+    `fixed` are settings that no flag chooses. MNIST may be downloaded here.
     """
-    defaults = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(defaults))  # so that flags not given stay None
-    given = {k: v for k, v in vars(parser.parse_args(namespace=unset)).items() if v is not None}
-    config = {**defaults, **given, **fixed}
-    resume, overwrite, run_dir = (config.pop(k) for k in ("resume", "overwrite", "run_dir"))
-    if find_begun and (begun := find_begun(config, run_dir)):
-        resume, overwrite, run_dir = True, False, begun
+    args, checkpoint = parser.parse_args(), None
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume) / "last.pt")
+        recorded = checkpoint["config"]
+        script, processes = recorded.get("script"), recorded.get("world_size")
+        if (script, processes) != (fixed["script"], fixed["world_size"]):
+            raise UserError(f"{args.resume} needs train_{script}.py, {processes} process(es)")
+        for flag in (word.split("=")[0] for word in sys.argv[1:]):
+            if flag.startswith("--") and flag not in FREE:
+                raise UserError(f"{flag} does not go with --resume: a run keeps what it began with")
+        # A resumed run is the command that began it, and what is added now: the last flag wins.
+        values = {f"--{k.replace('_', '-')}": recorded.get(k) for k in vars(args)}
+        values = {k: v for k, v in values.items() if v is not None and v is not False}
+        words = [flag if value is True else f"{flag}={value}" for flag, value in values.items()]
+        args = parser.parse_args(words + sys.argv[1:])
+    config = vars(args) | fixed
+    folder, resume, overwrite = (config.pop(name) for name in ("run_dir", "resume", "overwrite"))
+    if config["model"] is None:
+        raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
+    config["device"] = str(find_device(config["device"]))
+    processes, batches = config["world_size"], config["accumulation_steps"]
+    config["effective_batch"] = config["batch_size"] * processes * batches
     if resume:
-        if overwrite or config["dry_run"]:
-            raise UsageError("--resume goes neither with --overwrite nor with --dry-run")
-        run_dir = run_dir or find_run(config)
-        return recorded_config(run_dir, {**given, **fixed}), run_dir, True
-    if config["model"] is None:
-        raise UsageError(f"--model is missing: give one of {', '.join(MODELS)}")
-    config["device"] = str(find_device(config["device"]))
-    if config["dry_run"]:
-        config["epochs"] = 1
-        if run_dir is None:  # its files go when the process ends
-            run_dir = Path(tempfile.mkdtemp(prefix="dry-run-"))
-            atexit.register(shutil.rmtree, run_dir, ignore_errors=True)
-    if run_dir or config["dataset"] != "auto":  # before a download, where it can be told
-        check_folder(run_dir or default_folder(config, config["dataset"]), overwrite)
-    name, reason = resolve_dataset(config["dataset"], config["data_dir"])
-    config |= {"dataset": name, "fallback_reason": reason}
-    run_dir = run_dir or default_folder(config, name)
-    check_folder(run_dir, overwrite)
-    return config, run_dir, False
+        return config, Path(resume), checkpoint, True
+    config["dataset"], reason = resolve_dataset(config["dataset"], config["data_dir"])
+    if reason:
+        print(f"NOTE: MNIST could not be had: {reason}")
+    name = f"{config['model']}-{config['script']}"
+    name += "-digits" if config["dataset"] == "digits" else ""
+    name += f"-seed{config['seed']}" if config["seed"] else ""
+    if config["dry_run"]:  # no path of its own through the code, but one step of everything
+        config |= {"epochs": 1, "train_size": config["effective_batch"]}
+        name, overwrite = "dry-run", overwrite or not folder
+    return config, Path(folder or f"runs/{name}"), None, overwrite
 
 
-def check_folder(run_dir: Path, overwrite: bool) -> None:
-    """UsageError if the folder holds a run already."""
-    if not overwrite and any((run_dir / name).exists() for name in RUN_FILES):
-        raise UsageError(
-            f"{run_dir} holds a run already: go on with --resume, choose another --run-dir, or "
-            "replace it with --overwrite"
-        )
-
-
-def default_folder(config: dict, dataset: str) -> Path:
-    """runs/<model>-<script>[-digits][-seedN]"""
-    digits = "-digits" if dataset == "digits" else ""
-    seed = f"-seed{config['seed']}" if config["seed"] else ""
-    return Path("runs") / f"{config['model']}-{config['script']}{digits}{seed}"
-
-
-def possible_folders(config: dict) -> list[Path]:
-    """The default folders that a run of this config may have: `auto` may mean either dataset."""
-    choice = config["dataset"]
-    names = ("mnist", "digits") if choice == "auto" else (choice,)
-    return [default_folder(config, name) for name in names]
-
-
-def find_run(config: dict) -> Path:
-    """The folder that --resume means without --run-dir: MNIST's or the digits'."""
-    if config["model"] is None:
-        raise UsageError("--resume needs --run-dir, or --model (and the run's --seed)")
-    folders = possible_folders(config)
-    found = [folder for folder in folders if (folder / "config.json").exists()]
-    if not found:
-        raise UsageError(f"nothing to resume: there is no run in {' or '.join(map(str, folders))}")
-    if len(found) > 1:
-        raise UsageError(f"both {found[0]} and {found[1]} hold a run: name one with --run-dir")
-    return found[0]
-
-
-def recorded_config(run_dir: Path, given: dict) -> dict:
-    """The config of the run to resume, with those flags changed that may change."""
-    config = load_config(run_dir)
-    if given["script"] != config["script"]:
-        raise UsageError(f"{run_dir} was made by train_{config['script']}.py: resume it with that")
-    if config["dry_run"]:
-        raise UsageError(f"{run_dir} is of a dry run: there is nothing to go on with")
-    if given.get("dataset") == "auto":
-        del given["dataset"]  # what auto meant then is recorded; it is not asked again
-    for name in RECIPE:
-        if given.get(name, config[name]) != config[name]:
-            flag = f"--{name.replace('_', '-')}" if name != "world_size" else "a world size of"
-            raise UsageError(
-                f"{flag} {given[name]} is not what {run_dir} was begun with ({config[name]}), and "
-                "a resumed run keeps that"
-            )
-    config |= {name: given[name] for name in (*FREE, "launch") if name in given}
-    config["device"] = str(find_device(config["device"]))
-    return config
-
-
-# ------------------------------------------------------------------------------------------------
-# 4. Main
-# ------------------------------------------------------------------------------------------------
+# -- 4. Main ---------------------------------------------------------------------------------------
 
 
 def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
-    """Training and validation images on the device; UsageError if --train-size is too large."""
-    model, name, data_dir = MODELS[config["model"]], config["dataset"], config["data_dir"]
-    images, labels = load(name, data_dir, "train")
-    size = config["train_size"] or len(labels)
-    if size > len(labels):
-        raise UsageError(f"--train-size {size} is more than the {len(labels):,} images of {name}")
-    augmentation = config["rotate"], config["shift"]
-    train_set = DigitBatches(images[:size], labels[:size], model, device, *augmentation)
-    return train_set, DigitBatches(*load(name, data_dir, "validation"), model, device)
-
-
-def build_model(config: dict) -> nn.Module:
-    """The network that a config names, newly initialised."""
-    return MODELS[config["model"]](config["routing_iterations"])
+    """Training and validation images on the device. A dry run validates on 200 of them only."""
+    name, data_dir, network = config["dataset"], config["data_dir"], MODELS[config["model"]]
+    images, labels = (part[: config["train_size"]] for part in load(name, data_dir, "train"))
+    train_set = DigitBatches(images, labels, network, device, config["rotate"], config["shift"])
+    count = 200 if config["dry_run"] else None
+    images, labels = (part[:count] for part in load(name, data_dir, "validation"))
+    return train_set, DigitBatches(images, labels, network, device)
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel after every step.
 
     Feature maps of 25 MB would be handed back and faulted in again, page by page, in each step.
-    ResCapsNet's step on 2 CPU cores takes 18 % less time with this. Elsewhere it has no effect.
+    Elsewhere it has no effect.
     """
-    if platform.libc_ver()[0] == "glibc":
+    with suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
 
 
-def make_training(config: dict, device: torch.device) -> Training:
-    """Model, optimizer and learning rate schedule of the report's recipe, before epoch 1."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # whose name and memory are recorded
-        # TF32: products of numbers with 10 bits of mantissa instead of 23, but much faster
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(config["seed"])
-    # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory, as
-    # oneDNN and cuDNN like it best: a fifth less time per step on a CPU.
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    if config["compile"]:
-        # Keeps the names of the state (no "_orig_mod."). dynamic=False: one program for each batch
-        # size (32, the short last batch, validation) instead of a slower one for all sizes.
-        name, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")  # C: for Triton
-        compilers = [os.environ.get(name, usual), *(["clang"] if name == "CC" else [])]
-        if not any(map(shutil.which, compilers)):
-            raise UsageError(f"--compile needs a compiler: install {compilers[0]}, or omit it")
-        model.compile(dynamic=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
-    return Training(model, optimizer, scheduler)
+def begin(run: Run, folder: Path, train_set: DigitBatches, script: str) -> None:
+    """Save the run as it stands, and say what is trained and, on Ctrl-C, how to go on."""
+    config = run.config
+    gpu = torch.cuda.get_device_name() if config["device"] != "cpu" else ""
+    config["hardware"] = gpu or f"{torch.get_num_threads()} CPU threads"
+    config["train_images"] = len(train_set)
+    run.save(folder)
+    size, lr, note = config["effective_batch"], config["lr"], NOTE[config["dataset"]]
+    print(f"{type(run.model).__name__} in {config['precision']} on {config['hardware']}{note}")
+    print(f"{len(train_set):,} images of {config['dataset']}, {size} a step, learning rate {lr:g}")
+    print(f"run folder: {folder}, epochs done: {len(run.history)}", flush=True)
+
+    def stop(*_) -> None:
+        print(f"\nstopped; to go on: {script} --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        os._exit(130)  # at once, as kill -9 would: every moment is a good one to stop
+
+    signal.signal(signal.SIGINT, stop)
 
 
-def describe(config: dict, training: Training, datasets: tuple, device_count: int = 1) -> dict:
-    """The facts of a run that no flag says, for config.json."""
-    gpu = torch.device(config["device"]).type == "cuda"
-    batches = config["world_size"] * config["accumulation_steps"]  # that make one step
-    return {
-        "effective_batch": config["batch_size"] * batches,
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "train_images": len(datasets[0]),
-        "validation_images": len(datasets[1]),
-        "device_name": torch.cuda.get_device_name() if gpu else cpu_name(),
-        "device_count": device_count,  # different devices: ranks that share one count once
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),  # of each process
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "git_commit": git_commit(),
-    }
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on: a batch system may allow fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit of this code, marked "+" if it was changed since; None outside of git."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        here = Path(__file__).parent
-        answer = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
-
-
-def intro(config: dict) -> str:
-    """What is about to be trained, on what, and how."""
-    tf32 = config["precision"] == "fp32" and config["device"].startswith("cuda")
-    return (
-        f"{MODELS[config['model']].__name__}: {config['parameters']:,} parameters, "
-        f"{config['routing_iterations']} routing iterations\n"
-        f"data: {config['dataset']}, {config['train_images']:,} training and "
-        f"{config['validation_images']:,} validation images, rotated by up to "
-        f"{config['rotate']:g} degrees, moved by up to {config['shift']:g} pixels\n"
-        f"effective batch size {config['effective_batch']} = {config['batch_size']} images x "
-        f"{config['world_size']} process(es) x {config['accumulation_steps']} accumulation "
-        f"step(s), learning rate {config['lr']:g}, times 0.7 every 2 epochs\n"
-        f"device: {config['device']} ({config['device_name']}), {config['threads']} thread(s), "
-        f"{config['precision']}{' with TF32 products' if tf32 else ''}"
-        f"{', compiled' if config['compile'] else ''}"
-    )
-
-
-def print_outro(config: dict, run_dir: Path, training: Training) -> None:
+def print_outro(run: Run, folder: Path) -> None:
     """How the run ended and what to do next."""
-    if config["dry_run"]:
-        print("dry run: one batch went through training, validation and checkpoints")
-    else:
-        best = training.best
-        print(
-            f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}\n"
-            f"test it: python evaluate.py {shlex.quote(str(run_dir))}"
-        )
-    say_fallback(config)
-
-
-def say_fallback(config: dict) -> None:
-    """Two lines, at the start and at the end, where the digits stand in for MNIST."""
-    if config.get("fallback_reason"):
-        print(f"NOTE: MNIST could not be had: {config['fallback_reason']}")
-        print("NOTE: this run is on scikit-learn's 1,797 digits of 8x8 pixels, not on MNIST")
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception: like KeyboardInterrupt, it unwinds what is under way."""
-
-
-@contextmanager
-def resumable(run_dir: Path, launcher: str | None):
-    """On Ctrl-C or SIGTERM say how to go on; launcher: the command before its flags, or None."""
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated):
-        if launcher:
-            command = f"{launcher} --resume --run-dir {shlex.quote(str(run_dir))}"
-            print(f"\nstopped; to go on: {command}", file=sys.stderr)
-        raise
+    best, digits = run.best, NOTE[run.config["dataset"]]
+    print(f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}")
+    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}")
 
 
 def run_main(main, quiet: bool = False) -> None:
-    """Call main; whatever ends it becomes one line and an exit code.
+    """Call main; a mistake becomes one line and exit code 2. A traceback means a bug.
 
-    0 done, 1 the run failed, 2 wrong use, 130 Ctrl-C, 143 SIGTERM. A traceback means a bug. `quiet`
-    processes leave it to rank 0 to print what all ranks know.
+    `quiet` processes leave it to rank 0 to print what all ranks know.
     """
-
-    def no_more_signals():  # on the way out: torchrun sends one where another rank was quicker
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-
-    def leave(code: int, message: str, everyone_knows: bool = True):
-        no_more_signals()
-        if not (quiet and everyone_knows):
-            print(message, file=sys.stderr)
-        sys.exit(code)
-
-    def stop(number, _):
-        no_more_signals()  # a second one must not break the clean way out
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    sys.stdout.reconfigure(errors="replace")  # where the terminal cannot print a character: ?
     keep_freed_memory()
     try:
         main()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (UsageError, DataError, OSError) as error:  # OSError: a path that cannot be looked at
-        leave(2, f"error: {error}")
-    except RunFailed as error:
-        leave(1, f"failed: {error}", everyone_knows=error.everyone_knows)
-    except torch.OutOfMemoryError:
-        leave(1, "failed: the GPU's memory is full: try a smaller --batch-size", False)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's words for a full CPU memory
-            raise
-        leave(1, "failed: the memory is full: try a smaller --batch-size", False)
-    except KeyboardInterrupt:
+    except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before there is anything to go on with
         sys.exit(130)
-    except Terminated:
-        sys.exit(143)
 
 
 def main() -> None:
-    config, run_dir, resume = plan_run(build_parser(__doc__), FIXED)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise UserError("train_single.py is one process: under torchrun, start train_ddp.py")
+    config, folder, checkpoint, may_hold_run = read_command(build_parser(__doc__), FIXED)
     device = torch.device(config["device"])
-    datasets = train_set, validation_set = make_datasets(config, device)
-    training = make_training(config, device)
-    if resume:
-        training.restore(load_checkpoint(run_dir / "last.pt", config), run_dir / "last.pt")
-    config |= describe(config, training, datasets)
-    with resumable(run_dir, None if config["dry_run"] else "python train_single.py"):
-        begin(run_dir, training, config, resume)
-        while training.epoch < config["epochs"]:
-            start = time.perf_counter()
-            totals = train_one_epoch(training, train_set, config)
-            seconds = time.perf_counter() - start
-            validated = validate(training.model, validation_set, one_batch=config["dry_run"])
-            count_epoch(training, config, totals, validated.tolist(), seconds)
-            save_epoch(run_dir, training, config)
-        print_outro(config, run_dir, training)
+    train_set, validation_set = make_datasets(config, device)
+    run = Run(config, device)
+    if checkpoint:
+        run.load(checkpoint, folder / "last.pt")
+    run.claim(folder, may_hold_run)
+    begin(run, folder, train_set, "python train_single.py")
+    while len(run.history) < config["epochs"]:
+        start = time.perf_counter()
+        trained = train_one_epoch(run, train_set)
+        seconds = time.perf_counter() - start
+        run.finish_epoch(trained, validate(run.model, validation_set), seconds)
+        run.save(folder)
+        print(run.epoch_line(), flush=True)
+    print_outro(run, folder)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, quiet=os.environ.get("RANK", "0") != "0")
