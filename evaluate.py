@@ -45,8 +45,10 @@ ROUTED = 20  # test digits of each class whose couplings are averaged for routin
 TARGET = 98.0  # percent of the validation images: "has converged"
 ENDED = 10  # epochs, those of the report's shorter runs: before, no run tells how training ends
 REPORT_ACCURACY = {  # THE REPORT'S figures, not ours: (model, several devices?): (percent, epochs)
-    ("alexcaps", True): (96.28, 20), ("alexcaps", False): (98.06, 10),
-    ("rescaps", True): (97.86, 10), ("rescaps", False): (98.70, 20),
+    ("alexcaps", True): (96.28, 20),
+    ("alexcaps", False): (98.06, 10),
+    ("rescaps", True): (97.86, 10),
+    ("rescaps", False): (98.70, 20),
 }
 
 # -- 1. One run: its figures ---------------------------------------------------------------------
@@ -130,7 +132,9 @@ def classification_metrics(lengths: np.ndarray, labels: np.ndarray) -> dict:
     names = ("precision", "recall", "f1", "images", "auc")
     table = np.round(np.transpose([*scores, auc]), 6).tolist()
     return {
-        "test_images": n, "errors": errors, "accuracy": round(100 * (n - errors) / n, 4),
+        "test_images": n,
+        "errors": errors,
+        "accuracy": round(100 * (n - errors) / n, 4),
         "interval_95": [round(bound, 4) for bound in wilson(n - errors, n)],
         "per_class": [{"digit": k, **dict(zip(names, row))} for k, row in enumerate(table)],
         "auc_macro": round(float(auc.mean()), 6),
@@ -222,21 +226,30 @@ STEP = ("world_size", "effective_batch", "precision")
 MACHINE = ("hardware", "compile")  # ... and, for times, in what computes it
 # Columns of comparison.csv: heading and number format in comparison.md
 RUN_COLUMNS = {
-    "model": ("model", ""), "setup": ("setup", ""), "precision": ("precision", ""),
+    "model": ("model", ""),
+    "setup": ("setup", ""),
+    "precision": ("precision", ""),
     "effective_batch": ("effective batch", ""),
 }
 RESULT_COLUMNS = RUN_COLUMNS | {
-    "train_images": ("training images", ","), "epochs": ("epochs", ""), "runs": ("runs", ""),
+    "train_images": ("training images", ","),
+    "epochs": ("epochs", ""),
+    "runs": ("runs", ""),
     "val_accuracy": ("validation accuracy in %", ".2f"),
     "accuracy": ("**test accuracy in %**", ".2f"),
-    "interval_low": ("95 % interval from", ".2f"), "interval_high": ("to", ".2f"),
-    "report_accuracy": ("the report's", ".2f"), "report_epochs": ("its epochs", ""),
-    "errors": ("errors", ".4g"), "best_epoch": ("best epoch", ".3g"),
+    "interval_low": ("95 % interval from", ".2f"),
+    "interval_high": ("to", ".2f"),
+    "report_accuracy": ("the report's", ".2f"),
+    "report_epochs": ("its epochs", ""),
+    "errors": ("errors", ".4g"),
+    "best_epoch": ("best epoch", ".3g"),
     "epochs_to_target": (f"epochs to {TARGET:g} % validation", ".3g"),
 }
 COST_COLUMNS = RUN_COLUMNS | {
-    "hardware": ("hardware", ""), "device_count": ("devices", ""),
-    "world_size": ("processes", ""), "parameters": ("parameters", ","),
+    "hardware": ("hardware", ""),
+    "device_count": ("devices", ""),
+    "world_size": ("processes", ""),
+    "parameters": ("parameters", ","),
     "flops_per_image": ("FLOPs per image (forward)", ","),
     "images_per_second": ("images/s (training)", ",.0f"),
     "seconds_per_epoch": ("seconds per epoch", ",.1f"),
@@ -246,8 +259,15 @@ COST_COLUMNS = RUN_COLUMNS | {
 
 
 # What the tables take from a report
-NEEDED = ("accuracy", "errors", "test_images", "kept_epoch", "parameters", "flops_per_image",
-          "rotation")
+NEEDED = (
+    "accuracy",
+    "errors",
+    "test_images",
+    "kept_epoch",
+    "parameters",
+    "flops_per_image",
+    "rotation",
+)
 
 
 def read_report(run: dict) -> dict | None:
@@ -297,12 +317,20 @@ def summarise(runs: list[dict]) -> dict:
     n, ranks = report["test_images"], config["world_size"]
     cores = f", {config['cores']} cores" if config["device"] == "cpu" else ""
     stated = REPORT_ACCURACY[config["model"], ranks > 1] if config["dataset"] == "mnist" else ()
-    row = config | dict(zip(("report_accuracy", "report_epochs"), stated or (None, None))) | {
-        "model": NAMES[config["model"]], "many": ranks > 1, "histories": histories,
-        "setup": "single" if config["script"] == "single" else f"DDP on {ranks}",
-        "hardware": config["device_name"] + cores, "epochs": len(histories[0]), "runs": len(runs),
-        **{name: report[name] for name in ("test_images", "parameters", "flops_per_image")},
-    }
+    row = (
+        config
+        | dict(zip(("report_accuracy", "report_epochs"), stated or (None, None)))
+        | {
+            "model": NAMES[config["model"]],
+            "many": ranks > 1,
+            "histories": histories,
+            "setup": "single" if config["script"] == "single" else f"DDP on {ranks}",
+            "hardware": config["device_name"] + cores,
+            "epochs": len(histories[0]),
+            "runs": len(runs),
+            **{name: report[name] for name in ("test_images", "parameters", "flops_per_image")},
+        }
+    )
 
     def over_epochs(column: str, function) -> list[float | None]:
         table = [[epoch.get(column) for epoch in history] for history in histories]
@@ -438,24 +466,62 @@ def ddp_change(rows: list[dict]) -> tuple[float, str]:
 
 
 CLAIMS = (  # the report's claim, our metric, when we agree: in words and in code; what measures it
-    ("AlexCapsNet converges faster", "validation accuracy after epoch 1, minus ResCapsNet's",
-     "above 0 points", lambda x: x > 0,
-     lambda rows: difference(best_pair(rows, ALEX, RES, *LEARNED, *STEP), epochs=1)),
-    ("ResCapsNet ends slightly more accurate", "test accuracy, ResCapsNet minus AlexCapsNet",
-     "0.1 to 2 points", lambda x: 0.1 <= x <= 2,
-     lambda rows: difference(best_pair(ended(rows), RES, ALEX, *LEARNED, *STEP))),
-    ("AlexCapsNet has tens of millions of parameters", "its parameters",
-     "10 million or more", lambda x: x >= 10e6, lambda rows: parameters(rows, ALEX)),
-    ("ResCapsNet has a few million parameters", "its parameters",
-     "1 to 10 million", lambda x: 1e6 <= x <= 10e6, lambda rows: parameters(rows, RES)),
-    ("AlexCapsNet is about 2x slower per epoch", "seconds per epoch, AlexCapsNet / ResCapsNet",
-     "1.5 to 2.5", lambda x: 1.5 <= x <= 2.5, epoch_time),
-    ("distributed training helps AlexCapsNet significantly", "speed-up / devices",
-     "0.75 or more", lambda x: x >= 0.75, lambda rows: scaling(rows, ALEX)),
-    ("distributed training helps ResCapsNet moderately", "speed-up / devices",
-     "0.55 to 0.75", lambda x: 0.55 <= x < 0.75, lambda rows: scaling(rows, RES)),
-    ("both do well under DDP", "test accuracy, DDP minus one process",
-     "-0.3 points or better, for both", lambda x: x >= -0.3, ddp_change),
+    (
+        "AlexCapsNet converges faster",
+        "validation accuracy after epoch 1, minus ResCapsNet's",
+        "above 0 points",
+        lambda x: x > 0,
+        lambda rows: difference(best_pair(rows, ALEX, RES, *LEARNED, *STEP), epochs=1),
+    ),
+    (
+        "ResCapsNet ends slightly more accurate",
+        "test accuracy, ResCapsNet minus AlexCapsNet",
+        "0.1 to 2 points",
+        lambda x: 0.1 <= x <= 2,
+        lambda rows: difference(best_pair(ended(rows), RES, ALEX, *LEARNED, *STEP)),
+    ),
+    (
+        "AlexCapsNet has tens of millions of parameters",
+        "its parameters",
+        "10 million or more",
+        lambda x: x >= 10e6,
+        lambda rows: parameters(rows, ALEX),
+    ),
+    (
+        "ResCapsNet has a few million parameters",
+        "its parameters",
+        "1 to 10 million",
+        lambda x: 1e6 <= x <= 10e6,
+        lambda rows: parameters(rows, RES),
+    ),
+    (
+        "AlexCapsNet is about 2x slower per epoch",
+        "seconds per epoch, AlexCapsNet / ResCapsNet",
+        "1.5 to 2.5",
+        lambda x: 1.5 <= x <= 2.5,
+        epoch_time,
+    ),
+    (
+        "distributed training helps AlexCapsNet significantly",
+        "speed-up / devices",
+        "0.75 or more",
+        lambda x: x >= 0.75,
+        lambda rows: scaling(rows, ALEX),
+    ),
+    (
+        "distributed training helps ResCapsNet moderately",
+        "speed-up / devices",
+        "0.55 to 0.75",
+        lambda x: 0.55 <= x < 0.75,
+        lambda rows: scaling(rows, RES),
+    ),
+    (
+        "both do well under DDP",
+        "test accuracy, DDP minus one process",
+        "-0.3 points or better, for both",
+        lambda x: x >= -0.3,
+        ddp_change,
+    ),
 )
 
 
@@ -535,9 +601,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 BLUE, RED, ORANGE = COLOURS[0], COLOURS[1], COLOURS[4]
 GREY = {"color": "grey", "linestyle": ":"}  # lines to compare with
 plt.rcParams |= {
-    "font.size": 14, "axes.titlesize": 15, "legend.fontsize": 12, "lines.linewidth": 2,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-    "savefig.dpi": 100, "figure.constrained_layout.use": True,
+    "font.size": 14,
+    "axes.titlesize": 15,
+    "legend.fontsize": 12,
+    "lines.linewidth": 2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "savefig.dpi": 100,
+    "figure.constrained_layout.use": True,
 }
 
 
@@ -610,8 +683,10 @@ def draw_curves(report: dict, history: list[dict], out: Path) -> None:
     after the epoch. The gap to training grows when digits are learned by heart."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
     epochs, kept = range(1, len(history) + 1), report["kept_epoch"]
-    styles = {"train": {"color": BLUE, "label": "training (as augmented, while learning)"},
-              "val": {"color": RED, "label": "validation", "linestyle": "--"}}
+    styles = {
+        "train": {"color": BLUE, "label": "training (as augmented, while learning)"},
+        "val": {"color": RED, "label": "validation", "linestyle": "--"},
+    }
     for part, style in styles.items():
         axes[0].plot(epochs, [row[f"{part}_loss"] for row in history], marker="o", **style)
         correct = [row[f"{part}_accuracy"] for row in history]
@@ -639,7 +714,7 @@ def draw_mistakes(report: dict, lengths, labels, images, out: Path) -> None:
     order = worst_first(lengths, labels)[:40]
     rows = max(1, math.ceil(len(order) / 8))
     figure, axes = plt.subplots(rows, 8, figsize=(11, 1.2 + 1.75 * rows), squeeze=False)
-    for axis in axes.flat[len(order):]:
+    for axis in axes.flat[len(order) :]:
         axis.set_axis_off()
     for axis, index in zip(axes.flat, order):
         axis.imshow(images[index], cmap="gray_r")

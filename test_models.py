@@ -36,6 +36,10 @@ from torch.utils.data import DistributedSampler, RandomSampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
+if "TORCHELASTIC_RUN_ID" not in os.environ:  # left-over variables would make us wait for ranks
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(variable, None)
+
 import capsules
 import data
 import evaluate
@@ -58,25 +62,30 @@ def reproducible():
     torch.manual_seed(0)
 
 
-def run_python(*arguments, **more):
-    """Run a script of the repository as a user does; returns the finished process."""
+def run_python(*arguments, start=False, timeout=240, **more):
+    """Run a script of the repository as a user does; returns the finished process, or with
+    `start` the running one."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=HERE, capture_output=True, text=True, timeout=240, check=False, **more
-    )
+    env = {"PYTHONPATH": str(HERE), **more.pop("env", os.environ)}
+    options = {"cwd": HERE, "text": True, "env": env} | more
+    if start:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, **options)
+    return subprocess.run(command, capture_output=True, timeout=timeout, check=False, **options)
 
 
 def call(script, capsys, monkeypatch, *arguments):
     """Run a script's main in this process: (exit code, what it printed, its error output)."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-    code, handlers = 0, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    code, handler = 0, signal.getsignal(signal.SIGINT)
     try:
         train_single.run_main(script.main)
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, handler)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -89,10 +98,10 @@ def single(capsys, monkeypatch):
 
 
 def assert_one_line(code, error, *words):
-    """A user's mistake: exit code 2, one line that starts with error: and holds the words."""
+    """A user's mistake: exit code 2, one line that holds "error: " and the words."""
     assert code == 2, error
     lines = error.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), error
+    assert len(lines) == 1 and "error: " in lines[0], error
     for word in words:
         assert word in error, error
 
@@ -101,9 +110,12 @@ def weights(run_dir, name="last.pt"):
     return torch.load(Path(run_dir) / name, weights_only=True)["model"]
 
 
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same_run(a, b):
+    """Equal weights, and equal figures but for the times."""
+    a, b = (torch.load(Path(run_dir) / "last.pt", weights_only=True) for run_dir in (a, b))
+    histories = ([row | {"seconds": 0} for row in c["history"]] for c in (a, b))
+    bits = all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    return a["model"].keys() == b["model"].keys() and bits and next(histories) == next(histories)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,9 +142,11 @@ def routing_reference(votes, iterations):
         history.append(c)
         v = []
         for j in range(J):
-            v.append(squash_reference(
-                [sum(c[j][i] * votes[j][i][d] for i in range(N)) for d in range(D)]
-            ))
+            v.append(
+                squash_reference(
+                    [sum(c[j][i] * votes[j][i][d] for i in range(N)) for d in range(D)]
+                )
+            )
         for j in range(J):
             for i in range(N):
                 b[j][i] += sum(votes[j][i][d] * v[j][d] for d in range(D))
@@ -353,7 +367,9 @@ def test_resize_is_bilinear_and_corners_stay_black():
 def test_parts_are_disjoint_stable_and_stratified():
     parts = {name: data.load("digits", "", name) for name in ("train", "validation", "test")}
     assert {name: len(y) for name, (_, y) in parts.items()} == {
-        "train": 1237, "validation": 200, "test": 360,
+        "train": 1237,
+        "validation": 200,
+        "test": 360,
     }
     seen = [image.numpy().tobytes() for x, _ in parts.values() for image in x]
     assert len(set(seen)) == 1797  # every digit is in exactly one part
@@ -388,69 +404,131 @@ def test_samplers_agree_and_angles_depend_on_seed_and_epoch_alone():
     torch.testing.assert_close(dataset.__getitems__([7])[0], whole[7:8])
 
 
-def write_mnist(folder, damage=None):
-    """MNIST's four files, right in size and header, with blank images; returns the data folder."""
-    raw = folder / "MNIST" / "raw"
+FAKE_SIZES = {"train": 5200, "t10k": 100}
+
+
+@pytest.fixture
+def fake_mnist(tmp_path, monkeypatch):
+    """A data folder with random images in MNIST's four files, whose checksums count as MNIST's."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, (size, magic, items) in data.MNIST_FILES.items():
-        with open(raw / name, "wb") as file:
-            shape = (28, 28) if "images" in name else ()
-            file.write(struct.pack(f">{2 + len(shape)}i", magic, items, *shape))
-            file.truncate(size)
-        if damage and name == "train-images-idx3-ubyte":
-            damage(raw / name)
-    return folder
+    checksums = {}
+    for name in data.MNIST_MD5:
+        n, is_images = FAKE_SIZES[name.split("-")[0]], "images" in name
+        header, item, most = (16, 784, 256) if is_images else (8, 1, 10)
+        numbers = torch.randint(most, (n * item,), dtype=torch.uint8).numpy().tobytes()
+        (raw / name).write_bytes(bytes(header) + numbers)
+        checksums[name] = hashlib.md5((raw / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "MNIST_MD5", checksums)
+    return tmp_path / "data"
 
 
-def test_mnist_is_read_and_split(tmp_path):
-    folder = write_mnist(tmp_path)
-    assert data.resolve_dataset("auto", folder) == ("mnist", "")
-    sizes = [len(data.load("mnist", folder, part)[1]) for part in ("train", "validation", "test")]
-    assert sizes == [55_000, 5_000, 10_000]
+def test_mnist_is_read_and_split(fake_mnist):
+    assert data.resolve_dataset("auto", fake_mnist) == ("mnist", "")
+    parts = {part: data.load("mnist", fake_mnist, part) for part in ("train", "validation", "test")}
+    assert [len(labels) for _, labels in parts.values()] == [200, 5000, 100]
+    raw = fake_mnist / "MNIST" / "raw"
+    images, labels = parts["test"]
+    assert images.numpy().tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert bytes(labels.tolist()) == (raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]
+    for path in list(raw.iterdir()):  # packed files will do
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+        path.unlink()
+    assert data.resolve_dataset("mnist", fake_mnist) == ("mnist", "")
+    assert torch.equal(data.load("mnist", fake_mnist, "test")[0], images)
+
+
+def zero_middle(path):
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(100)
+    path.write_bytes(content)
+
+
+def pack_half(path):
+    packed = gzip.compress(path.read_bytes(), 1)
+    path.with_name(f"{path.name}.gz").write_bytes(packed[:1000])
+    path.unlink()
 
 
 @pytest.mark.parametrize("choice", ["auto", "mnist"])
-@pytest.mark.parametrize(
-    "damage",
-    [lambda p: os.truncate(p, 1_000_000), lambda p: p.write_bytes(os.urandom(47_040_016))],
-    ids=["truncated", "garbage"],
-)
-def test_a_damaged_mnist_file_is_named(tmp_path, single, choice, damage):
-    folder = write_mnist(tmp_path / "data", damage)
-    code, _, error = single("--model", "alexcaps", "--dataset", choice, "--data-dir", folder,
-                            "--run-dir", tmp_path / "run")
-    assert_one_line(code, error, "train-images-idx3-ubyte is damaged")
+@pytest.mark.parametrize("spoil", [zero_middle, pack_half, lambda path: os.truncate(path, 9)])
+def test_another_file_of_that_name_is_not_mnist(fake_mnist, tmp_path, single, choice, spoil):
+    spoil(fake_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte")
+    code, _, error = single("--model", "alexcaps", "--dataset", choice, "--data-dir", fake_mnist,
+                            "--run-dir", tmp_path / "run")  # fmt: skip
+    assert_one_line(code, error, "train-images-idx3-ubyte", "is not MNIST's", "--data-dir")
     assert not (tmp_path / "run").exists()
 
 
-def test_download_from_a_mirror(tmp_path, monkeypatch):
+def test_a_file_that_goes_bad_later_is_not_read(fake_mnist):
+    assert data.resolve_dataset("mnist", fake_mnist)[0] == "mnist"
+    zero_middle(fake_mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte")
+    with pytest.raises(data.UserError, match="not MNIST's"):
+        data.load("mnist", fake_mnist, "train")
+
+
+def test_what_is_missing_and_what_is_there_are_named(fake_mnist, monkeypatch):
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    raw = fake_mnist / "MNIST" / "raw"
+    name = "train-images-idx3-ubyte"
+    (raw / name).rename(raw / "train-images.idx3-ubyte")
+    (raw / "t10k-labels-idx1-ubyte").rename(fake_mnist / "t10k-labels-idx1-ubyte")
+    with pytest.raises(data.UserError) as error:
+        data.resolve_dataset("mnist", fake_mnist)
+    text = str(error.value)
+    missing, found = text.split(" (but it has ")
+    assert name in missing and "t10k-labels-idx1-ubyte" in missing and "t10k-images" not in missing
+    assert "MNIST/raw/train-images.idx3-ubyte" in found and " t10k-labels-idx1-ubyte" in found
+    assert "download failed" in text and "--dataset digits" in text and "\n" not in text
+    assert data.resolve_dataset("auto", fake_mnist) == ("digits", text.split("; put")[0])
+
+
+def test_download_from_a_mirror(fake_mnist, tmp_path, monkeypatch):
     """The download itself, from a small server that stands in for the mirrors."""
-    source = write_mnist(tmp_path / "mirror") / "MNIST" / "raw"
-    resources = []
-    for name in data.MNIST_FILES:
-        packed = gzip.compress((source / name).read_bytes(), 1)
+    import torchvision
+
+    source, resources = fake_mnist / "MNIST" / "raw", []
+    for name in data.MNIST_MD5:
+        content = bytearray((source / name).read_bytes())
+        shape = (28, 28) if "images" in name else ()  # torchvision reads the header of what it gets
+        n = FAKE_SIZES[name.split("-")[0]]
+        start = struct.pack(f">{2 + len(shape)}i", 2051 if shape else 2049, n, *shape)
+        content[: len(start)] = start
+        packed = gzip.compress(content, 1)
         (source / f"{name}.gz").write_bytes(packed)
+        data.MNIST_MD5[name] = hashlib.md5(content).hexdigest()
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    mnist = data.torchvision.datasets.MNIST
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=source)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        mnist = torchvision.datasets.MNIST
         monkeypatch.setattr(mnist, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         monkeypatch.setattr(mnist, "resources", resources)
-        assert data.resolve_dataset("mnist", tmp_path / "data") == ("mnist", "")
+        assert data.resolve_dataset("mnist", tmp_path / "new") == ("mnist", "")
         server.shutdown()
-    assert data.mnist_is_there(tmp_path / "data")
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["MNIST"]  # no leftovers
+    assert len(data.load("mnist", tmp_path / "new", "test")[1]) == 100
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["MNIST"]  # no leftovers
 
 
 def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(data.torchvision.datasets, "MNIST", lambda *_, **__: time.sleep(5))
-    assert data.resolve_dataset("auto", tmp_path)[0] == "digits"
-    with pytest.raises(data.DataError, match="no answer for 0.5 s"):
-        data.resolve_dataset("mnist", tmp_path)
+    import torchvision
+
+    monkeypatch.setattr(data, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
+        mirror = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [mirror])
+        name, reason = data.resolve_dataset("auto", tmp_path)
+    assert name == "digits" and "timed out" in reason
+    assert list(tmp_path.iterdir()) == [] and socket.getdefaulttimeout() is None
+
+
+def test_images_must_be_bytes():
+    with pytest.raises(TypeError, match="uint8"):
+        data.prepare(torch.rand(2, 28, 28), Plain)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -460,44 +538,53 @@ def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["alexcaps", "rescaps"])
 def test_dry_run(model, tmp_path):
-    process = run_python(HERE / "train_single.py", "--model", model, *DIGITS, "--dry-run")
-    assert process.returncode == 0, process.stderr
-    assert "dry run: one batch" in process.stdout
-    assert process.stderr == ""
-
-
-def test_a_dry_run_leaves_a_run_of_that_name_alone(tmp_path, single, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    held = tmp_path / "runs" / "alexcaps-single-digits" / "last.pt"
+    """One step of everything, into a folder of its own, which the next dry run replaces."""
+    held = tmp_path / "runs" / f"{model}-single-digits" / "last.pt"  # a run of that name stays
     held.parent.mkdir(parents=True)
     held.write_text("a run")
-    code, printed, error = single("--model", "alexcaps", *DIGITS, "--dry-run")
-    assert code == 0 and "dry run: one batch" in printed, error
-    assert held.read_text() == "a run" and [*held.parent.iterdir()] == [held]
-    # without --dry-run it is refused, before anything is downloaded
-    monkeypatch.setattr(train_single, "resolve_dataset", lambda *_: pytest.fail("looked for data"))
-    assert_one_line(*single("--model", "alexcaps", *DIGITS)[::2], "holds a run already")
+    for _ in range(2):
+        process = run_python(
+            *(HERE / "train_single.py", "--model", model, *DIGITS, "--dry-run"), cwd=tmp_path
+        )
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        assert "test it: python evaluate.py runs/dry-run" in process.stdout
+    checkpoint = torch.load(tmp_path / "runs" / "dry-run" / "last.pt")
+    assert checkpoint["config"]["train_images"] == 32 and len(checkpoint["history"]) == 1
+    assert checkpoint["optimizer"]["state"][0]["step"] == 1
+    assert held.read_text() == "a run"
 
 
 def test_offline_first_run(tmp_path):
     """No network, no data: digits, said at the start and at the end, and in the folder's name."""
     process = run_python(
-        HERE / "train_single.py", "--model", "alexcaps", "--data-dir", tmp_path / "data",
-        "--train-size", 64, "--epochs", 1, "--run-dir", tmp_path / "run",
+        *(HERE / "train_single.py", "--model", "alexcaps", "--data-dir", tmp_path / "data"),
+        *("--train-size", 64, "--epochs", 1, "--seed", 3),
+        cwd=tmp_path,
         env={**os.environ, **OFFLINE},
     )
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert "MNIST could not be had" in lines[0] and "MNIST could not be had" in lines[-2]
-    assert "1,797 digits" in lines[1] and "1,797 digits" in lines[-1]
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["dataset"] == "digits" and "failed" in config["fallback_reason"]
-    assert config["parameters"] == 2_677_696
-    default = train_single.default_folder({**config, "seed": 3}, "digits")
-    assert default == Path("runs/alexcaps-single-digits-seed3")
-    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert rows[0] == ",".join(train_single.COLUMNS) and len(rows) == 2
-    assert {p.name for p in (tmp_path / "run").iterdir()} == set(train_single.RUN_FILES)
+    assert lines[0] == "loading PyTorch ..." and "MNIST could not be had" in lines[1]
+    assert "1,797 small digits, not MNIST" in lines[3] and "not MNIST" in lines[-1]
+    epoch = next(line for line in lines if line.startswith("epoch"))
+    form = r"epoch  1/1 \| train loss 0\.\d{4} acc [\d.]{5} \| val loss 0\.\d{4} acc [\d.]{5} \| \d+ s \*"
+    assert re.fullmatch(form, epoch) and len(epoch) <= 80
+    run = tmp_path / "runs" / "alexcaps-single-digits-seed3"
+    config = json.loads((run / "config.json").read_text())
+    assert config["dataset"] == "digits" and config["train_images"] == 64
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert rows[0] == ",".join(train_single.ROW) and len(rows) == 2
+    assert max(len(number.split(".")[-1]) for number in rows[1].split(",")) <= 6
+    assert {p.name for p in run.iterdir()} == {*train_single.RUN_FILES, ".lock"} - {"report.json"}
+
+
+@pytest.mark.parametrize("script", [train_single, train_ddp])
+def test_help_fits_a_terminal(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = call(script, capsys, monkeypatch, "--help")
+    assert code == 0 and "--resume RUN" in printed
+    assert "None" not in printed and "default" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -514,45 +601,54 @@ def test_offline_first_run(tmp_path):
                 "--routing-iterations": ["0", "inf"],
                 "--lr": ["0", "-0.1", "nan", "inf", "x"],
                 "--rotate": ["-1", "nan", "181"],
-                "--shift": ["-1", "nan", "15"],
+                "--shift": ["-1", "nan"],
                 "--seed": ["-1"],
                 "--train-size": ["0"],
             }.items()
             for value in values
         ],
-        (["--model", "alexcaps", *DIGITS, "--train-size", "1238"], ["1238", "1,237"]),
-        (["--model", "alexcaps", *DIGITS, "--device", "cuda:77"], ["cuda:77"]),
-        (["--model", "alexcaps", *DIGITS, "--device", "toaster"], ["toaster"]),
-        (["--model", "alexcaps", "--resume", "--overwrite"], ["--overwrite"]),
+        *[
+            (["--model", "alexcaps", *DIGITS, "--device", name], ["--device", name])
+            for name in ("cuda:77", "toaster", "meta", "mps", "xpu")
+        ],
+        (["--model", "alexcaps", "--run-dir", ""], ["--run-dir", "empty"]),
+        (["--model", "alexcaps", "--data-dir="], ["--data-dir", "empty"]),
+        (["--model", "alexcaps", "--compil"], ["--compil"]),
     ],
 )
-def test_wrong_use_is_one_line_and_writes_nothing(flags, words, tmp_path, single):
-    code, _, error = single(*flags, "--run-dir", tmp_path / "run")
+def test_wrong_use_is_one_line_and_writes_nothing(flags, words, tmp_path, single, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = single(*flags)
     assert_one_line(code, error, *words)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_compile_without_a_compiler(tmp_path, single, monkeypatch):
-    monkeypatch.setattr(train_single.shutil, "which", lambda _: None)
-    code, _, error = single("--model", "alexcaps", *DIGITS, "--compile", "--device", "cpu",
-                            "--run-dir", tmp_path / "run")
-    assert_one_line(code, error, "--compile needs a compiler: install")
 
 
 def test_mnist_without_network_never_falls_back(tmp_path, single, monkeypatch):
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     code, _, error = single("--model", "alexcaps", "--dataset", "mnist", "--data-dir",
-                            tmp_path / "data", "--run-dir", tmp_path / "run")
+                            tmp_path / "data", "--run-dir", tmp_path / "run")  # fmt: skip
     assert_one_line(code, error, "MNIST", "download failed", "--dataset digits")
     assert not (tmp_path / "run").exists()
 
 
-def test_exit_code_of_a_real_process(tmp_path):
+def test_tilde_is_the_home_folder(tmp_path, single, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", "alexcaps", *SMALL, "--epochs", 1, "--data-dir=~/data", "--run-dir=~/run")
+    assert single(*flags)[0] == 0
+    assert (tmp_path / "home" / "run" / "last.pt").exists() and not (tmp_path / "~").exists()
+    assert (
+        torch.load(tmp_path / "home/run/last.pt")["config"]["data_dir"] == f"{tmp_path}/home/data"
+    )
+    assert single("--resume=~/run")[0] == 0
+
+
+def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    process = run_python(HERE / "train_single.py", "--model", "alexcaps", *DIGITS,
-                         "--run-dir", tmp_path / "file" / "run")
-    assert_one_line(process.returncode, process.stderr, "cannot make the run folder")
+    process = run_python(*(HERE / "train_single.py", "--model", "alexcaps", *DIGITS, "--run-dir"),
+                         tmp_path / "file" / "run")  # fmt: skip
+    assert_one_line(process.returncode, process.stderr, str(tmp_path / "file"))
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +656,7 @@ def finished(tmp_path_factory):
     """Two epochs of AlexCapsNet on 96 digits, without a break: the run that others must equal."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     process = run_python(HERE / "train_single.py", "--model", "alexcaps", *SMALL, "--epochs", 2,
-                         "--run-dir", run_dir)
+                         "--run-dir", run_dir)  # fmt: skip
     assert process.returncode == 0, process.stderr
     return run_dir
 
@@ -571,14 +667,81 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 def test_a_run_is_never_overwritten_unasked(copy, single):
-    before = {p: p.read_bytes() for p in copy.iterdir()}
+    before = contents(copy)
     flags = ("--model", "alexcaps", *SMALL, "--epochs", 1, "--run-dir", copy)
-    code, _, error = single(*flags)
-    assert_one_line(code, error, "holds a run already", "--overwrite")
-    assert {p: p.read_bytes() for p in copy.iterdir()} == before
+    for keep in ("best.pt", "metrics.csv", "config.json"):  # archived runs are runs, too
+        code, _, error = single(*flags)
+        assert_one_line(code, error, "holds a run", "--overwrite", "--resume")
+        assert contents(copy) == before
+        before.pop("last.pt", None)
+        (copy / "last.pt").unlink(missing_ok=True)
+        assert (copy / keep).exists()
     assert single(*flags, "--overwrite")[0] == 0
     assert len(torch.load(copy / "last.pt")["history"]) == 1
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+import train_single
+train_single.run_main(train_single.main)
+"""
+
+
+def test_a_disk_that_refuses_loses_nothing(copy):
+    """Neither a run that goes on nor one that is to be replaced."""
+    before = contents(copy)
+    new = ("--model", "alexcaps", *SMALL, "--run-dir", copy, "--overwrite")
+    for flags in (("--resume", copy, "--epochs", 3), new):
+        process = run_python("-c", LIMITED, *flags)
+        assert_one_line(process.returncode, process.stderr, "cannot write", "last.pt")
+        assert contents(copy) == before
+
+
+def test_two_runs_in_one_folder(copy, single):
+    """The second is refused as long as the first one lives, and not a moment longer."""
+    before = contents(copy)
+    first = run_python("-c", HOLD_LOCK, copy, start=True)
+    assert first.stdout.readline() == "locked\n"
+    new = ("--model", "alexcaps", *SMALL, "--run-dir", copy, "--overwrite")
+    for flags in (("--resume", copy), new):
+        code, _, error = single(*flags)
+        assert_one_line(code, error, "another training is writing", "torchrun train_ddp.py")
+    assert contents(copy) == before
+    first.kill()
+    first.communicate()
+    assert single("--resume", copy)[0] == 0
+
+
+HOLD_LOCK = """
+import pathlib, sys, time
+import train_single
+train_single.Run.claim(run := type("", (), {})(), pathlib.Path(sys.argv[1]), True)
+print("locked", flush=True)
+time.sleep(100)
+"""
+
+
+def test_links_in_a_folder_lead_nowhere(tmp_path, single):
+    """A stranger's folder may hold links; what they point to is not ours to write."""
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    run.mkdir()
+    for name in (*train_single.RUN_FILES, "metrics.csv.tmp"):
+        (outside / name).write_text("precious")
+        (run / name).symlink_to(outside / name)
+    flags = ("--model", "alexcaps", *SMALL, "--epochs", 1, "--run-dir", run, "--overwrite")
+    assert single(*flags)[0] == 0
+    assert {path.read_text() for path in outside.iterdir()} == {"precious"}
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(outside / "lock")
+    assert_one_line(*single(*flags)[::2], ".lock")
+    assert not (outside / "lock").exists()
 
 
 def damage_middle(path):
@@ -587,9 +750,14 @@ def damage_middle(path):
     path.write_bytes(content)
 
 
-def edit_config(run, **changes):
-    config = json.loads((run / "config.json").read_text()) | changes
-    (run / "config.json").write_text(json.dumps(config))
+def edit(run, change):
+    checkpoint = torch.load(run / "last.pt")
+    change(checkpoint)
+    torch.save(checkpoint, run / "last.pt")
+
+
+def moments(checkpoint):
+    return checkpoint["optimizer"]["state"][3]
 
 
 class Evil:
@@ -597,53 +765,65 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
+NOT_OURS = "is no checkpoint of this network"
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "words"),
     [
-        (lambda run: None, ["--lr", "0.01"], ["--lr", "0.01", "0.001"]),
-        (lambda run: None, ["--model", "rescaps"], ["--model"]),
-        (lambda run: None, ["--dataset", "mnist"], ["--dataset"]),
-        (lambda run: (run / "config.json").unlink(), [], ["holds no run"]),
-        (lambda run: (run / "config.json").write_text("{"), [], ["config.json is damaged"]),
-        (lambda run: (run / "config.json").write_text("{}"), [], ["script is missing"]),
-        (lambda run: edit_config(run, lr="x"), [], ["lr is missing or of a wrong type"]),
-        (lambda run: edit_config(run, model="vgg"), [], ["unknown model"]),
-        (lambda run: None, ["--epochs", "1"], ["--epochs 1 is less than the 2"]),
-        (lambda run: (run / "last.pt").unlink(), [], ["no checkpoint"]),
+        (lambda run: None, ["--lr", "0.01"], ["--lr does not go with --resume"]),
+        (lambda run: None, ["--train-size=96"], ["--train-size does not go"]),
+        (lambda run: None, ["--overwrite"], ["--overwrite does not go"]),
+        (lambda run: None, ["--epochs", "1"], ["--epochs is less than the 2"]),
+        (lambda run: (run / "last.pt").unlink(), [], ["No such file", "last.pt"]),
         (lambda run: os.truncate(run / "last.pt", 10_000), [], ["last.pt is damaged"]),
         (lambda run: damage_middle(run / "last.pt"), [], ["last.pt is damaged"]),
         (lambda run: (run / "last.pt").write_text("?"), [], ["last.pt is damaged"]),
-        (lambda run: torch.save({"a": 1}, run / "last.pt"), [], ["last.pt is no checkpoint"]),
-        (lambda run: torch.save({"format": train_single.CHECKPOINT_FORMAT}, run / "last.pt"), [],
-         ["last.pt is no whole checkpoint"]),
+        (lambda run: torch.save({"a": 1}, run / "last.pt"), [], ["last.pt is damaged, or no"]),
+        (lambda run: torch.save([1], run / "last.pt"), [], ["last.pt is damaged, or no"]),
         (lambda run: torch.save(Evil(), run / "last.pt"), [], ["last.pt is damaged"]),
         (lambda run: (run / "last.pt").write_bytes(pickle.dumps(Evil())), [], ["damaged"]),
+        *[
+            (lambda run, change=change: edit(run, change), [], [words])
+            for change, words in [
+                (lambda c: c.update(model=ResCapsNet().state_dict()), NOT_OURS),
+                (lambda c: c.pop("scheduler"), NOT_OURS),
+                (lambda c: c.update(optimizer=None), NOT_OURS),
+                (lambda c: moments(c).update(exp_avg=torch.zeros(1)), NOT_OURS),
+                (lambda c: moments(c).update(exp_avg_sq=torch.zeros(64).half()), NOT_OURS),
+                (lambda c: moments(c).pop("step"), NOT_OURS),
+                (lambda c: c["optimizer"]["param_groups"][0].update(lr="x"), NOT_OURS),
+                (lambda c: c["history"][0].update(val_accuracy="x"), NOT_OURS),
+                (lambda c: c["history"].append(7), NOT_OURS),
+                (lambda c: c["config"].update(batch_size=[1]), "--batch-size"),
+                (lambda c: c["config"].update(model="vgg"), "--model"),
+                (lambda c: c["config"].update(script="ddp"), "train_ddp.py"),
+                (lambda c: c["config"].update(world_size=2), "2 process(es)"),
+                (lambda c: c.update(config=None), "damaged"),
+            ]
+        ],
     ],
 )
 def test_resume_refuses(spoil, flags, words, copy, single, monkeypatch):
     monkeypatch.chdir(copy)
     spoil(copy)
-    before = {p: p.read_bytes() for p in copy.iterdir()}
-    code, _, error = single("--resume", "--run-dir", copy, *flags)
+    before = contents(copy)
+    code, _, error = single("--resume", copy, *flags)
     assert_one_line(code, error, *words)
-    assert {p: p.read_bytes() for p in copy.iterdir()} == before  # nothing lost, nothing made
+    assert contents(copy) == before  # nothing lost, nothing made
 
 
-def test_a_checkpoint_of_another_network_does_not_fit(copy, single):
-    checkpoint = torch.load(copy / "last.pt")
-    checkpoint["model"] = ResCapsNet().state_dict()
-    torch.save(checkpoint, copy / "last.pt")
-    code, _, error = single("--resume", "--run-dir", copy)
-    assert_one_line(code, error, "does not fit")
-
-
-def test_resume_of_a_finished_run_and_more_epochs(copy, single):
-    (copy / "metrics.csv").unlink()  # as if killed just before it was written
-    assert single("--resume", "--run-dir", copy)[0] == 0
-    assert len((copy / "metrics.csv").read_text().splitlines()) == 3
-    code, printed, _ = single("--resume", "--run-dir", copy, "--epochs", 3)
-    assert code == 0 and "resumed after epoch 2" in printed
+def test_a_moved_run_goes_on(copy, single, finished):
+    """last.pt alone is needed; what else may change is in --help."""
+    for name in ("metrics.csv", "config.json", "best.pt"):
+        (copy / name).unlink()
+    assert single("--resume", copy)[0] == 0  # a finished run: its files are written again
+    assert (copy / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+    code, printed, _ = single("--resume", copy, "--epochs", 3, "--data-dir", "elsewhere")
+    assert code == 0 and "epochs done: 2" in printed
     assert len((copy / "metrics.csv").read_text().splitlines()) == 4
+    config = json.loads((copy / "config.json").read_text())
+    assert (config["epochs"], config["data_dir"], config["lr"]) == (3, "elsewhere", 1e-3)
 
 
 # Each wrapper spoils the product from outside: the scripts have no hooks for tests.
@@ -664,9 +844,9 @@ import os, signal
 import train_single
 real, calls = os.replace, []
 def replace(source, target):
-    if target.name == "last.pt":
+    if target.name == "{name}":
         calls.append(1)
-        if len(calls) == 3:  # of epochs 0, 1, 2
+        if len(calls) == {call}:
             os.truncate(source, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
@@ -676,74 +856,88 @@ train_single.run_main(train_single.main)
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "code"),
+    ("wrapper", "code", "epochs"),
     [
-        (KILL_IN_EPOCH_2.format(signal="SIGKILL"), -signal.SIGKILL),
-        (KILL_IN_EPOCH_2.format(signal="SIGTERM"), 143),
-        (KILL_IN_EPOCH_2.format(signal="SIGINT"), 130),
-        (KILL_IN_WRITE, -signal.SIGKILL),
+        (KILL_IN_EPOCH_2.format(signal="SIGKILL"), -signal.SIGKILL, 1),
+        (KILL_IN_EPOCH_2.format(signal="SIGTERM"), -signal.SIGTERM, 1),
+        (KILL_IN_EPOCH_2.format(signal="SIGINT"), 130, 1),
+        (KILL_IN_WRITE.format(name="last.pt", call=3), -signal.SIGKILL, 1),  # of epochs 0, 1, 2
+        (KILL_IN_WRITE.format(name="config.json", call=1), -signal.SIGKILL, 0),
+        (KILL_IN_WRITE.format(name="metrics.csv", call=3), -signal.SIGKILL, 2),
     ],
-    ids=["kill", "term", "ctrl-c", "kill-in-write"],
+    ids=["kill", "term", "ctrl-c", "kill-in-write", "kill-before-config", "kill-after-last"],
 )
-def test_any_stop_resumes_bit_for_bit(wrapper, code, finished, tmp_path, single):
-    run_dir = tmp_path / "run"
+def test_any_stop_resumes_bit_for_bit(wrapper, code, epochs, finished, tmp_path, single):
+    run_dir = tmp_path / "a run"
     process = run_python("-c", wrapper, "--model", "alexcaps", *SMALL, "--epochs", 2,
-                         "--run-dir", run_dir)
+                         "--run-dir", run_dir)  # fmt: skip
     assert process.returncode == code, process.stderr
     if code > 0:
-        assert f"--resume --run-dir {run_dir}" in process.stderr
-        assert "Traceback" not in process.stderr
-    assert torch.load(run_dir / "last.pt")["epoch"] == 1
-    assert single("--resume", "--run-dir", run_dir)[0] == 0
-    assert same_weights(run_dir, finished)
-    plain = [row["val_loss"] for row in torch.load(run_dir / "last.pt")["history"]]
-    assert plain == [row["val_loss"] for row in torch.load(finished / "last.pt")["history"]]
+        command = f"stopped; to go on: python train_single.py --resume '{run_dir}'"
+        assert process.stderr.strip() == command
+    assert len(torch.load(run_dir / "last.pt")["history"]) == epochs
+    assert single("--resume", run_dir)[0] == 0
+    assert same_run(run_dir, finished)
     assert len((run_dir / "metrics.csv").read_text().splitlines()) == 3
+    assert not list(run_dir.glob(".*.tmp"))
 
 
-def test_a_failed_write_keeps_the_checkpoint_before(copy, finished):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000));"
-    code = limit + "import train_single; train_single.run_main(train_single.main)"
-    process = run_python("-c", code, "--resume", "--run-dir", copy, "--epochs", 3)
-    assert process.returncode == 1
-    assert "cannot write" in process.stderr and "Traceback" not in process.stderr
-    assert (copy / "last.pt").read_bytes() == (finished / "last.pt").read_bytes()
-    assert not list(copy.glob("*.tmp"))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, single, monkeypatch):
+@pytest.mark.parametrize(("call_number", "part"), [(9, "training"), (14, "validation")])
+def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, single, monkeypatch):
+    """6 training steps and 1 batch of validation an epoch: both calls are in epoch 2."""
     real, calls = train_single.margin_loss, []
 
     def margin_loss(*arguments):
         calls.append(1)
-        return real(*arguments) * (math.nan if len(calls) == 9 else 1)  # step 2 of epoch 2
+        return real(*arguments) * (math.nan if len(calls) == call_number else 1)
 
     monkeypatch.setattr(train_single, "margin_loss", margin_loss)
     code, _, error = single("--model", "alexcaps", *SMALL, "--epochs", 2, "--run-dir", tmp_path)
-    assert code == 1 and "nan in epoch 2, step 2" in error
-    assert torch.load(tmp_path / "last.pt")["epoch"] == 1
+    assert_one_line(code, error, "the loss is nan", "--lr", "--precision bf16")
+    assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
+    if part == "training":
+        assert len(calls) <= 13  # before the validation
+
+
+def test_the_sums_are_looked_at_by_time_and_not_in_every_step(monkeypatch):
+    """A clock on which a step takes 1/128 s: looks every half second, and after the last step."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(train_single.time, "perf_counter", lambda: now[0])
+    sums = torch.zeros(3, dtype=torch.float64)
+
+    def look(numbers):
+        looks.append(int(numbers[2]))
+        return numbers.tolist()
+
+    for _ in train_single.watch(range(150), sums, "", look):
+        sums += torch.tensor([0.5, 1, 1])
+        now[0] += 1 / 128
+    assert looks == [1, 65, 129, 150]
 
 
 def test_best_is_the_earliest_of_equal_epochs():
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
-    training = train_single.Training(model, optimizer, schedule)
-    totals = train_single.Totals(1, None)
-    totals.loss, totals.hits, totals.images = 1.0, 1, 2
+    config = {"model": "alexcaps", "routing_iterations": 1, "seed": 0, "lr": 1e-3}
+    run = train_single.Run(config | {"compile": False, "precision": "fp32"}, torch.device("cpu"))
     for hits in (90, 95, 95, 94):
-        optimizer.step()
-        train_single.count_epoch(training, {"device": "cpu"}, totals, [1.0, hits, 100], 1.0)
-    assert training.best["epoch"] == 2
-    assert [row["lr"] for row in training.history] == pytest.approx([1e-3, 1e-3, 7e-4, 7e-4])
+        run.optimizer.step()
+        run.finish_epoch(torch.tensor([50.0, 1, 2]), torch.tensor([5.0, hits, 100]), 1.234)
+    assert run.best["epoch"] == 2 and run.best is run.history[1]
+    assert [row["lr"] for row in run.history] == [1e-3, 1e-3, 7e-4, 7e-4]
+    assert list(run.history[0].values()) == [1, 25.0, 50.0, 0.05, 90.0, 1e-3, 1.23]
 
 
-def test_compiled_and_plain_checkpoints_are_the_same(copy, single):
-    code, _, error = single("--resume", "--run-dir", copy, "--epochs", 3, "--compile")
+def test_compiled_and_plain_checkpoints_are_the_same(copy, single, finished):
+    code, _, error = single("--resume", copy, "--epochs", 3, "--compile")
     assert code == 0, error
-    assert not any("_orig_mod" in name for name in weights(copy))
-    code, _, error = single("--resume", "--run-dir", copy, "--epochs", 4, "--no-compile")
-    assert code == 0, error
+    assert weights(copy).keys() == weights(finished).keys()  # no "_orig_mod."
+
+
+def test_torchrun_is_for_the_other_script(tmp_path):
+    process = torchrun(HERE / "train_single.py", "--model", "alexcaps", *SMALL, "--run-dir",
+                       tmp_path / "run")  # fmt: skip
+    assert process.returncode == 1  # torchrun's own
+    assert process.stderr.count("error: ") == 1 and "start train_ddp.py" in process.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -751,51 +945,47 @@ def test_compiled_and_plain_checkpoints_are_the_same(copy, single):
 # ------------------------------------------------------------------------------------------------
 
 
-def torchrun(*arguments, processes=2, no_python=False, launcher=()):
+def torchrun(*arguments, processes=2, no_python=False, launcher=(), **more):
     """A real torchrun job on this machine, on a free port; no_python: `-c CODE` as the script."""
     options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = ["--no-python", sys.executable] if no_python else []
-    return run_python(*options, *launcher, *script, *arguments)
+    return run_python(*options, *launcher, *script, *arguments, **more)
 
 
 WORKER = """
 import sys
-import torch
 import torch.distributed as dist
-import test_models, train_ddp
-with train_ddp.process_group():
-    getattr(test_models, sys.argv[1])(*sys.argv[2:])
+import train_ddp, test_models
+train_ddp.join()
+getattr(test_models, sys.argv[1])(*sys.argv[2:])
+dist.destroy_process_group()
 """
 
 
-def digits_training(network, accumulation=1, batch_size=32, images=320):
-    """SGD training of a network with frozen BatchNorm on the first digits, rotation on.
+def digits_run(network, accumulation=1, batch_size=32, images=320):
+    """A run, its datasets: SGD training with frozen BatchNorm on the first digits, rotation on.
 
     SGD, because Adam divides gradients by their size: it would turn the rounding of gradients that
     are zero into whole steps. Frozen, because each rank's BatchNorm sees only its own half.
     """
-    parser = train_single.build_parser("")
-    config = {**vars(parser.parse_args(["--model", network, *DIGITS, "--train-size", str(images)])),
-              **train_single.FIXED, "accumulation_steps": accumulation, "batch_size": batch_size}
-    datasets = train_single.make_datasets(config, torch.device("cpu"))
-    training = train_single.make_training(config, torch.device("cpu"))
-    training.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    flags = ["--model", network, *DIGITS, "--train-size", str(images)]
+    config = vars(train_single.build_parser("").parse_args(flags)) | train_single.FIXED
+    config |= {"accumulation_steps": accumulation, "batch_size": batch_size, "sync_bn": False}
+    run = train_single.Run(config, torch.device("cpu"))
     lr = 1.0 if images < 100 else 0.01  # a step of 1.0: the parameters move by their gradient
-    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=lr)
-    for module in training.model.modules():
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=lr)
+    for module in run.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
-    return training, datasets, config
+    return run, *train_single.make_datasets(config, torch.device("cpu"))
 
 
 def one_process(network, images, batch_size=64):
-    """The reference: train_single's epoch -> (parameters after it, sums of validation)."""
-    training, (train_set, validation_set), config = digits_training(
-        network, batch_size=batch_size, images=images
-    )
-    train_single.train_one_epoch(training, train_set, config)
-    sums = train_single.validate(training.model, validation_set)
-    return [p.detach().clone() for p in training.model.parameters()], sums
+    """The reference: train_single's epoch -> (parameters after it, its sums, validation's)."""
+    run, train_set, validation_set = digits_run(network, batch_size=batch_size, images=images)
+    trained = train_single.train_one_epoch(run, train_set)
+    validated = train_single.validate(run.model, validation_set)
+    return [p.detach().clone() for p in run.model.parameters()], trained, validated
 
 
 # (network, accumulation steps, batch size per rank, images): all equal one process at batch 64.
@@ -815,21 +1005,18 @@ def train_cases(out):
     """A worker: rank 0 saves what each case ends with."""
     results = []
     for network, accumulation, batch_size, images in CASES:
-        training, (train_set, validation_set), config = digits_training(
-            network, accumulation, batch_size, images
-        )
-        model = train_ddp.wrap(training, config, torch.device("cpu"))
-        train_ddp.train_one_epoch(training, model, train_set, config)
-        sums = train_ddp.validate_together(training.model, validation_set, False)
-        results.append(([p.detach() for p in training.model.parameters()], sums))
+        run, train_set, validation_set = digits_run(network, accumulation, batch_size, images)
+        trained = train_ddp.train_one_epoch(run, train_ddp.wrap(run), train_set)
+        validated = train_ddp.validate(run.model, validation_set)
+        results.append(([p.detach() for p in run.model.parameters()], trained, validated))
     if train_ddp.RANK == 0:
         torch.save(results, out)
 
 
 def validation_counts(out):
     """A worker: rank 0 saves the sums of validation of an untrained AlexCapsNet."""
-    training, (_, validation_set), _ = digits_training("alexcaps")
-    sums = train_ddp.validate_together(training.model, validation_set, False)
+    run, _, validation_set = digits_run("alexcaps")
+    sums = train_ddp.validate(run.model, validation_set)
     if train_ddp.RANK == 0:
         torch.save(sums, out)
 
@@ -837,10 +1024,10 @@ def validation_counts(out):
 def test_two_ranks_equal_one_process(tmp_path):
     process = torchrun("-c", WORKER, "train_cases", tmp_path / "out.pt", no_python=True)
     assert process.returncode == 0, process.stderr
-    for case, (parameters, sums) in zip(CASES, torch.load(tmp_path / "out.pt"), strict=True):
+    for case, (parameters, *sums) in zip(CASES, torch.load(tmp_path / "out.pt"), strict=True):
         network, _, _, images = case
-        expected, expected_sums = one_process(network, images)
-        start = [p.detach() for p in digits_training(network)[0].model.parameters()]
+        expected, *expected_sums = one_process(network, images)
+        start = [p.detach() for p in digits_run(network)[0].model.parameters()]
         for p, q, s in zip(parameters, expected, start, strict=True):
             largest = (q - s).abs().max().item()
             assert largest > 1e-5, case
@@ -848,16 +1035,17 @@ def test_two_ranks_equal_one_process(tmp_path):
                 torch.testing.assert_close(p - s, q - s, rtol=1e-4, atol=1e-4 * largest)
             else:  # five steps: parameters
                 torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
-        assert sums[1:].tolist() == expected_sums[1:].tolist(), case
-        assert sums[0].item() == pytest.approx(expected_sums[0].item(), abs=2e-4)
+        for ours, theirs in zip(sums, expected_sums, strict=True):  # of training, of validation
+            assert ours[1:].tolist() == theirs[1:].tolist(), case
+            assert ours[0].item() == pytest.approx(theirs[0].item(), abs=2e-4)
 
 
 def test_three_ranks_count_every_validation_image_once(tmp_path):
     process = torchrun("-c", WORKER, "validation_counts", tmp_path / "out.pt", processes=3,
-                       no_python=True)
+                       no_python=True)  # fmt: skip
     assert process.returncode == 0, process.stderr
-    training, (_, validation_set), _ = digits_training("alexcaps")
-    expected = train_single.validate(training.model, validation_set)
+    run, _, validation_set = digits_run("alexcaps")
+    expected = train_single.validate(run.model, validation_set)
     sums = torch.load(tmp_path / "out.pt")
     assert sums[1:].tolist() == expected[1:].tolist() and sums[2] == 200  # 200 / 3 is no integer
     assert sums[0].item() / 200 == pytest.approx(expected[0].item() / 200, abs=1e-6)
@@ -887,71 +1075,71 @@ def margin_loss(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 train_ddp.margin_loss = margin_loss
-train_ddp.run_main(train_ddp.main, quiet=train_ddp.RANK > 0)
+train_ddp.train_single.run_main(train_ddp.main, quiet=train_ddp.RANK > 0)
 """
 
 
 @pytest.mark.parametrize("step", [2, 5], ids=["epoch-1", "epoch-2"])
-def test_a_killed_rank_is_restarted_to_the_same_weights(step, undisturbed, tmp_path):
-    run_dir = tmp_path / "run"
-    if step == 2:  # a foreign run lies there; --overwrite must not overwrite what the run begins
-        run_dir.mkdir()
-        (run_dir / "config.json").write_text("{}")
+def test_a_killed_rank_is_restarted_to_the_same_weights(step, undisturbed, tmp_path, finished):
+    """Its own run is resumed, never the stranger's that --overwrite was to replace."""
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
     process = torchrun("-c", KILL_RANK_1.format(step=step), *TWO_RANKS, "--overwrite",
-                       "--run-dir", run_dir, no_python=True, launcher=["--max-restarts=1"])
+                       "--run-dir", run_dir, no_python=True,
+                       launcher=["--max-restarts=1"])  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert same_weights(run_dir, undisturbed)
-    if step == 5:
-        assert "resumed after epoch 1" in process.stdout
+    assert same_run(run_dir, undisturbed)
+    assert f"epochs done: {step // 3}" in process.stdout.split("run folder")[2]
 
 
 def test_a_dying_rank_ends_the_job(tmp_path):
     process = torchrun("-c", KILL_RANK_1.format(step=2), *TWO_RANKS, "--run-dir", tmp_path / "run",
-                       no_python=True)  # which gives up on a job that hangs
-    assert process.returncode != 0
-    assert "SIGKILL" in process.stderr
-    assert '/train_ddp.py", line' not in process.stderr, process.stderr  # no traceback of ours
-    assert torch.load(tmp_path / "run" / "last.pt")["epoch"] == 0
+                       no_python=True, timeout=60)  # fmt: skip
+    assert process.returncode == 1 and "SIGKILL" in process.stderr
+    assert torch.load(tmp_path / "run" / "last.pt")["history"] == []
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_torchrun_leaves_a_resumable_run(stop, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     flags = [a if a != "2" else "500" for a in TWO_RANKS]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "train_ddp.py", *flags, "--run-dir", str(run_dir)]
-    job = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    options = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    job = run_python(*options, "train_ddp.py", *flags, "--run-dir", run_dir, start=True)
+    while not job.stdout.readline().startswith("epoch  1"):
+        assert job.poll() is None
     job.send_signal(stop)
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert error.count(f"--resume --run-dir {run_dir}") == 1
+    command = f"to go on: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
+    assert error.count(command) == (stop == signal.SIGINT)
     assert '/train_ddp.py", line' not in error, error
-    epoch = torch.load(run_dir / "last.pt")["epoch"]
+    epoch = len(torch.load(run_dir / "last.pt")["history"])
     assert epoch >= 1
     if stop == signal.SIGINT:
-        process = torchrun(HERE / "train_ddp.py", "--resume", "--run-dir", run_dir,
-                           "--epochs", epoch + 1)
+        process = torchrun(HERE / "train_ddp.py", "--resume", run_dir, "--epochs", epoch + 1)
         assert process.returncode == 0, process.stderr
         if epoch == 1:
-            assert same_weights(run_dir, undisturbed)
+            assert same_run(run_dir, undisturbed)
 
 
 def test_two_agents_are_two_machines(undisturbed, tmp_path):
-    """Two torchrun agents of one rank each, as on two machines, meet over c10d."""
+    """Two torchrun agents of one rank each, as on two machines, meet over c10d; a rank dies in
+    epoch 2, and both agents start theirs again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two-agents",
-               "train_ddp.py", *TWO_RANKS, "--run-dir", str(run_dir)]
-    options = {"cwd": HERE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agents = [subprocess.Popen(command, **options) for _ in range(2)]
-    outputs = [agent.communicate(timeout=100) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    options = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--max-restarts=1",
+               "--rdzv-id=two-agents", "--no-python", sys.executable, "-c",
+               KILL_RANK_1.format(step=5))  # fmt: skip
+    threads = os.environ | {"OMP_NUM_THREADS": "2"}  # each agent believes to be alone
+    jobs = [
+        run_python(*options, *TWO_RANKS, "--run-dir", run_dir, start=True, env=threads)
+        for _ in range(2)
+    ]
+    outputs = [job.communicate(timeout=100) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert any("epochs done: 1" in printed for printed, _ in outputs)
     for a, b in zip(weights(run_dir).values(), weights(undisturbed).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other threads per rank
 
@@ -960,7 +1148,7 @@ def test_validation_row_of_two_ranks_is_that_of_the_saved_model(tmp_path):
     """ResCapsNet: rank 0's BatchNorm buffers are validated and saved, in float32 after bf16."""
     run_dir = tmp_path / "run"
     process = torchrun(HERE / "train_ddp.py", "--model", "rescaps", *DIGITS, "--train-size", 64,
-                       "--epochs", 1, "--run-dir", run_dir)
+                       "--epochs", 1, "--run-dir", run_dir)  # fmt: skip
     assert process.returncode == 0, process.stderr
     checkpoint = torch.load(run_dir / "last.pt")
     assert checkpoint["config"]["precision"] == "bf16"
@@ -974,13 +1162,26 @@ def test_validation_row_of_two_ranks_is_that_of_the_saved_model(tmp_path):
     assert row["val_loss"] == pytest.approx(loss / n, abs=2e-6)
 
 
-def test_mistakes_under_torchrun_are_printed_once(tmp_path):
-    process = torchrun(HERE / "train_ddp.py", "--model", "alexcaps", *SMALL, "--sync-bn",
-                       "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "alexcaps", *SMALL, "--sync-bn"), "--sync-bn needs GPUs"),  # rank 0 decides
+        (("--model", "alexcaps", "--lr", "x"), "--lr"),  # all ranks read the command
+        (("--model", "alexcaps", *SMALL, "--overwrite"), "another training is writing"),  # prepare
+    ],
+)
+def test_mistakes_under_torchrun_are_printed_once(flags, words, tmp_path, finished):
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = contents(run_dir)
+    first = run_python("-c", HOLD_LOCK, run_dir, start=True)
+    assert first.stdout.readline() == "locked\n"
+    process = torchrun(HERE / "train_ddp.py", *flags, "--run-dir", run_dir)
+    first.kill()
+    first.communicate()
     assert process.returncode == 1  # torchrun's own
-    assert process.stderr.count("error: --sync-bn needs GPUs") == 1
-    assert "train_ddp.py\", line" not in process.stderr  # no traceback of ours
-    assert not (tmp_path / "run").exists()
+    assert process.stderr.count("error: ") == 1 and words in process.stderr
+    assert 'train_ddp.py", line' not in process.stderr  # no traceback of ours
+    assert contents(run_dir) == before
 
 
 @pytest.mark.parametrize(
@@ -990,24 +1191,63 @@ def test_mistakes_under_torchrun_are_printed_once(tmp_path):
         (["--precision", "fp16", "--device", "cpu"], ["fp16", "bf16"]),
         (["--sync-bn", "--device", "cpu"], ["--sync-bn"]),
         (["--accumulation-steps", "0"], ["--accumulation-steps"]),
-        (["--train-size", "5000"], ["5000", "1,237"]),
+        (["--device", "cuda:1"], ["cuda:1"]),
     ],
 )
 def test_wrong_use_of_train_ddp(flags, words, tmp_path, capsys, monkeypatch):
     code, _, error = call(train_ddp, capsys, monkeypatch, "--model", "alexcaps", *DIGITS, *flags,
-                          "--run-dir", tmp_path / "run")
+                          "--run-dir", tmp_path / "run")  # fmt: skip
     assert_one_line(code, error, *words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_without_torchrun_and_scripts_keep_apart(copy, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")  # left over from something else: not believed alone
     code, printed, _ = call(train_ddp, capsys, monkeypatch, *TWO_RANKS, "--epochs", 1,
-                            "--run-dir", tmp_path / "run")
+                            "--run-dir", tmp_path / "run")  # fmt: skip
     assert code == 0 and "note: one process" in printed
     one = torch.load(tmp_path / "run" / "last.pt")["history"][0]
     assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
-    code, _, error = call(train_ddp, capsys, monkeypatch, "--resume", "--run-dir", copy)
+    code, _, error = call(train_ddp, capsys, monkeypatch, "--resume", copy)
     assert_one_line(code, error, "train_single.py")
+
+
+LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_says_what_it_waits_for_and_can_be_stopped(stop, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | LEFT_OVER | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    job = run_python(HERE / "train_ddp.py", *TWO_RANKS, "--run-dir", tmp_path, start=True, env=env)
+    assert job.stdout.readline() == "loading PyTorch ...\n"
+    assert job.stdout.readline() == f"rank 0 of 2 waits for the others at localhost:{port}\n"
+    time.sleep(0.5)  # now it does
+    job.send_signal(stop)
+    assert job.communicate(timeout=10)[1] == "" and job.returncode == -stop
+
+
+@pytest.mark.parametrize(
+    ("omp", "launched", "ranks", "threads"),
+    [("1", True, 2, 2), (None, True, 2, 2), ("3", True, 2, 5), ("1", False, 1, 5)],
+)
+def test_threads_of_a_rank(omp, launched, ranks, threads, monkeypatch):
+    """1 is torchrun's default, which wastes cores; another number, or 1 alone, is the user's."""
+    monkeypatch.setattr(train_ddp, "LAUNCHED", launched)
+    monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert train_ddp.pick_device({"device": "cpu"}) == torch.device("cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1022,19 +1262,43 @@ def archived_run(folder, accuracy=99.0, curve=(97.0, 98.5, 99.0), speed=100.0, *
     """A run as it is kept in results/: config.json, metrics.csv and report.json, no checkpoint."""
     folder.mkdir(parents=True)
     config = {
-        "model": "alexcaps", "dataset": "mnist", "fallback_reason": "", "data_dir": "data",
-        "epochs": len(curve), "batch_size": 32, "lr": 1e-3, "routing_iterations": 3,
-        "rotate": 10.0, "shift": 0.0, "train_size": None, "seed": 0, "device": "cuda",
-        "compile": False, "dry_run": False, "script": "single", "world_size": 1,
-        "accumulation_steps": 1, "precision": "fp32", "sync_bn": False,
-        "parameters": 2_677_696, "train_images": 55_000, "device_name": "A100", "device_count": 1,
-        "cores": 8, "threads": 4,
+        "model": "alexcaps",
+        "dataset": "mnist",
+        "fallback_reason": "",
+        "data_dir": "data",
+        "epochs": len(curve),
+        "batch_size": 32,
+        "lr": 1e-3,
+        "routing_iterations": 3,
+        "rotate": 10.0,
+        "shift": 0.0,
+        "train_size": None,
+        "seed": 0,
+        "device": "cuda",
+        "compile": False,
+        "dry_run": False,
+        "script": "single",
+        "world_size": 1,
+        "accumulation_steps": 1,
+        "precision": "fp32",
+        "sync_bn": False,
+        "parameters": 2_677_696,
+        "train_images": 55_000,
+        "device_name": "A100",
+        "device_count": 1,
+        "cores": 8,
+        "threads": 4,
     } | changes
     config["effective_batch"] = config["batch_size"] * config["world_size"]
     report = {
-        "model": config["model"], "dataset": config["dataset"], "seed": config["seed"],
-        "accuracy": accuracy, "errors": round(100 * (100 - accuracy)), "test_images": 10_000,
-        "kept_epoch": 1 + curve.index(max(curve)), "parameters": config["parameters"],
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        "accuracy": accuracy,
+        "errors": round(100 * (100 - accuracy)),
+        "test_images": 10_000,
+        "kept_epoch": 1 + curve.index(max(curve)),
+        "parameters": config["parameters"],
         "flops_per_image": 261_302_272,
         "rotation": {"accuracy": {str(angle): 100 - abs(angle) for angle in range(-90, 91, 15)}},
     }
@@ -1297,7 +1561,8 @@ def test_bad_runs_end_in_one_line(tmp_path, evaluated):
     digits = archived_run(tmp_path / "digits", dataset="digits")
     assert_one_line(*refused(good, digits, *out), "digits and mnist", "cannot be compared")
     contents = {
-        "report.json": ("", "{}", "[1]", "no angles", None), "config.json": ("{}", None),
+        "report.json": ("", "{}", "[1]", "no angles", None),
+        "config.json": ("{}", None),
         "metrics.csv": ("", "epoch,loss\n1,2\n", "nan", None),
     }
     for name, content in ((name, content) for name, many in contents.items() for content in many):
@@ -1313,7 +1578,8 @@ def test_bad_runs_end_in_one_line(tmp_path, evaluated):
 def test_bad_checkpoints_and_data_end_in_one_line(copy, tmp_path, evaluated):
     whole, checkpoint = (copy / "best.pt").read_bytes(), torch.load(copy / "best.pt")
     gone = json.loads((copy / "config.json").read_text()) | {
-        "dataset": "mnist", "data_dir": str(tmp_path / "gone")
+        "dataset": "mnist",
+        "data_dir": str(tmp_path / "gone"),
     }
     smaller = {k: v for k, v in checkpoint["model"].items() if "bias" not in k}
     for content in (whole[:-1000], {"weights": torch.zeros(3)}, checkpoint | {"model": smaller}):

@@ -1,23 +1,22 @@
-"""train_single.py on any number of processes, GPUs and machines, in mixed precision.
+"""train_single.py on many processes, GPUs and machines, in mixed precision.
 
     torchrun --nproc_per_node=2 train_ddp.py --model rescaps   two processes
-    python train_ddp.py --model alexcaps                       one, without torchrun
-    torchrun --nproc_per_node=2 train_ddp.py --resume RUN      go on after any stop
+    python train_ddp.py --model alexcaps                       one of them
+    torchrun --nproc_per_node=2 train_ddp.py --resume RUN      after any stop
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-id=JOB \\
-        --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps
-                                              this line on each of two machines
+        --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps   on each of 2
 
-On 2 CPU cores two processes train AlexCapsNet in 80 s an epoch and reach 99.6 % of
-the test digits after 20 epochs.
+On 2 CPU cores two processes train AlexCapsNet in 80 s an epoch and reach 99.6 %
+of the test digits after 20 epochs.
 
-Open train_single.py beside it: the loop is the same, and what does not change is
-imported. What distribution (DDP:) or mixed precision (AMP:) adds is marked:
+Open train_single.py beside it: the loop is the same, and what does not change
+is imported. What distribution (DDP:) or mixed precision (AMP:) adds is marked:
 
-    DDP:    the process group, and which device and how many threads a rank takes
+    DDP:    the process group; a device, and on the CPU threads, for each rank
             rank 0 decides, writes and prints; the others are told
             each rank's share of the images, in training and in validation
-            gradients averaged over ranks; none sent within an accumulation group
-            losses and hits summed over ranks; rank 0's BatchNorm buffers for all
+            gradients averaged over ranks, once for an accumulation group
+            losses and hits summed over ranks; rank 0's BatchNorm buffers
     AMP:    autocast around the network
             GradScaler around the step (float16 alone needs it)
 """
@@ -30,9 +29,10 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
 
 import contextlib
 import io
+import json
 import signal
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -130,12 +130,11 @@ def finite_sum(sums: Tensor) -> list[float]:
 # -- Processes that act as one ---------------------------------------------------------------------
 
 
-@contextmanager
-def process_group():
-    """DDP: join the other ranks, and leave them on every way out; yields two stores.
+def join() -> tuple[dist.Store, dist.Store]:
+    """DDP: meet the other ranks -> two stores, dictionaries that all ranks share.
 
-    A store is a dictionary that all ranks share. The first lives as long as torchrun does, also
-    when it restarts dead workers; the second is of this start alone.
+    The first lives as long as torchrun does, also when it restarts dead workers; the second is of
+    this start alone.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
@@ -143,25 +142,14 @@ def process_group():
         print(f"note: {LOCAL_WORLD_SIZE} ranks share {gpus} GPU(s) and talk through gloo")
     if not LAUNCHED:
         print("note: one process; for more: torchrun --nproc_per_node=2 train_ddp.py ...")
-    elif "TORCHELASTIC_RUN_ID" not in os.environ:  # which starts nobody before all are there
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts no rank before all are there
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        print(
-            f"RANK is set: rank {RANK} of {WORLD_SIZE} waits for the others at {place}", flush=True
-        )
+        print(f"rank {RANK} of {WORLD_SIZE} waits for the others at {place}", flush=True)
     lasting = next(dist.rendezvous("env://", timeout=PATIENCE))[0] if LAUNCHED else dist.HashStore()
     # Without a prefix of its own, a restarted rank would wait at the addresses of the dead ones.
     store = dist.PrefixStore(f"start {lasting.add(f'starts of rank {RANK}', 1)}", lasting)
     dist.init_process_group(backend, None, TIMEOUT, WORLD_SIZE, RANK, store)
-    try:
-        yield lasting, store
-    except (UserError, OSError):
-        raise
-    except BaseException:
-        if "nccl" in backend:  # the others may be in mid-step: destroying would wait for kernels
-            dist.group.WORLD.abort()  # that wait for this rank
-        raise
-    finally:
-        dist.destroy_process_group()
+    return lasting, store
 
 
 def decide(store: dist.Store, work):
@@ -171,11 +159,9 @@ def decide(store: dist.Store, work):
             answer = work(), None
         except (UserError, OSError) as error:
             answer = None, str(error)
-        buffer = io.BytesIO()
-        torch.save(answer, buffer)
-        store.set("answer", buffer.getvalue())
+        store.set("answer", json.dumps(answer))
     store.wait(["answer"], PATIENCE)  # rank 0 may be downloading
-    result, error = torch.load(io.BytesIO(store.get("answer")), weights_only=True)
+    result, error = json.loads(store.get("answer"))
     if error:
         raise UserError(error)
     return result
@@ -204,10 +190,9 @@ def plan(parser, begun: str | None) -> tuple:
         sys.argv[1:] = ["--resume", begun]
     fixed = {"script": "ddp", "world_size": WORLD_SIZE}
     config, folder, checkpoint, may_hold_run = train_single.read_command(parser, fixed)
-    kind, on_cpu = torch.device(config["device"]), config["device"] == "cpu"
-    if kind.index:
-        raise UserError(f"--device {kind}: each rank takes its own; give cpu or cuda")
-    config["device"] = kind.type
+    if config["device"] not in ("cpu", "cuda"):
+        raise UserError(f"--device {config['device']}: each rank takes its own; give cpu or cuda")
+    on_cpu = config["device"] == "cpu"
     # AMP: each device's own half precision
     config["precision"] = config["precision"] or ("bf16" if on_cpu else "fp16")
     if on_cpu and config["precision"] == "fp16":
@@ -256,33 +241,34 @@ def wrap(run: Run) -> DistributedDataParallel:
 
 def main() -> None:
     parser = train_single.build_parser(__doc__)
-    flag = parser.add_argument
+    flag, count = parser.add_argument, partial(train_single.number, int, 1, 10**6)
     flag("--precision", choices=PRECISIONS, help="else fp16 on GPUs and bf16 on the CPU")
-    count = partial(train_single.number, int, 1, 10**6)
     flag("--accumulation-steps", type=count, metavar="N", default=1, help="batches a step (1)")
     flag("--sync-bn", action="store_true", help="one BatchNorm over all ranks; GPUs only")
     # A mistake in the command ends here, on all ranks, before one waits for another.
     with nullcontext() if RANK == 0 else contextlib.redirect_stderr(io.StringIO()):
         parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank also while it waits in C++
-    with process_group() as (lasting, store):  # DDP:
-        begun = lasting.get("run folder").decode() if lasting.check(["run folder"]) else None
-        config, folder, *rest = decide(store, lambda: plan(parser, begun))  # DDP:
-        folder = Path(folder)
-        run, train_set, validation_set = agree(lambda: prepare(config, folder, *rest))  # DDP:
-        if RANK == 0:
-            lasting.set("run folder", str(folder))  # DDP: from now on a restart resumes this run
-        ddp = wrap(run)  # DDP:
-        while len(run.history) < config["epochs"]:
-            start = time.perf_counter()
-            trained = train_one_epoch(run, ddp, train_set)
-            seconds = time.perf_counter() - start
-            run.finish_epoch(trained, validate(run.model, validation_set), seconds)
-            if RANK == 0:  # DDP:
-                run.save(folder)
-                print(run.epoch_line(), flush=True)
-        if RANK == 0:
-            train_single.print_outro(run, folder)
+    lasting, store = join()  # DDP:
+    begun = lasting.get("run folder").decode() if lasting.check(["run folder"]) else None
+    config, folder, *rest = decide(store, lambda: plan(parser, begun))  # DDP:
+    run, train_set, validation_set = agree(lambda: prepare(config, Path(folder), *rest))  # DDP:
+    if RANK == 0:
+        lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
+    ddp = wrap(run)  # DDP:
+    while len(run.history) < config["epochs"]:
+        start = time.perf_counter()
+        trained = train_one_epoch(run, ddp, train_set)
+        seconds = time.perf_counter() - start
+        run.finish_epoch(trained, validate(run.model, validation_set), seconds)
+        if RANK == 0:  # DDP:
+            run.save(Path(folder))
+            print(run.epoch_line(), flush=True)
+    if RANK == 0:
+        train_single.print_outro(run, Path(folder))
+    # DDP: on the good way out alone; after a failure NCCL would wait for the kernels of all ranks,
+    # some of which wait for this one. There the process just ends, and torchrun ends the others.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Train AlexCapsNet or ResCapsNet on one device, in float32 (TF32 on a GPU).
 
-    python train_single.py --model alexcaps                20 epochs of MNIST
-    python train_single.py --model rescaps --epochs 3      a shorter run
-    python train_single.py --model alexcaps --dry-run      one batch through everything
-    python train_single.py --resume runs/alexcaps-single   go on after any stop
+    python train_single.py --model alexcaps              20 epochs of MNIST
+    python train_single.py --model rescaps --epochs 3    a shorter run
+    python train_single.py --model alexcaps --dry-run    one step of everything
+    python train_single.py --resume runs/alexcaps-single     go on after any stop
 
 Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
-evaluate.py. On 2 CPU cores AlexCapsNet takes two minutes an epoch: 98.9 % of the
-validation digits are right after the first, 99.5 % after ten.
+evaluate.py. On 2 CPU cores AlexCapsNet takes two minutes an epoch: 98.9 % of
+the validation digits are right after the first, 99.5 % after ten.
 
-Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what is
-saved of it; 3. the command line; 4. main. train_ddp.py adds devices and precision.
+Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what
+is saved of it; 3. the command line; 4. main. Then open train_ddp.py beside it.
 """
 
 if __name__ == "__main__":
@@ -224,7 +224,7 @@ class Run:
         # Asked under the lock: two that start at once cannot both find the folder empty.
         if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
             raise UserError(f"{folder} holds a run: --resume goes on, --overwrite replaces it")
-        for scratch in folder.glob(".*.pt.*.tmp"):  # of a process killed while it wrote
+        for scratch in folder.glob(".*.????????.tmp"):  # of a process killed while it wrote
             scratch.unlink()
 
     def save(self, folder: Path) -> None:

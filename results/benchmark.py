@@ -1,52 +1,56 @@
-"""How fast this machine trains both models, and how far that is from what it could do.
+"""How fast this machine trains both networks, in four parts:
 
-    python -m results.benchmark              on the GPU if there is one, else the CPU; ~8 minutes
-    python -m results.benchmark --quick      one round of tiny batches: shows that it works, and
-                                             writes nothing unless --out says where
+    python -m results.benchmark                  all that this machine can do, ten minutes and more
+    python -m results.benchmark --only scaling   one part; the file's other parts stay
+    python -m results.benchmark --quick          tiny, in a minute: shows that it works, and writes
+                                                 nothing unless --out says where
 
-Prints three tables and writes results/speed-cpu.json or results/speed-cuda.json:
+    capsules   the digit capsules alone, beside the two formulations most often seen in public code
+    steps      a training step of both networks: float32, half precision, compiled
+    data       a batch from data.py, beside one made image by image with PIL
+    scaling    DDP on two CPU cores, each of them a device of its own, beside one process on one
 
-    1. the capsule layer alone, beside the two formulations most often seen in public code
-    2. a training step of both models: float32, mixed precision, compiled, both
-    3. the data path, beside one image at a time with PIL
-
-Contestants take turns, round after round, so that a machine which slows down or has other work
+Writes results/speed-cpu.json or speed-cuda.json; results.tables shows them. The machine must have
+nothing else to do. Contestants take turns, round after round, so that a machine which slows down
 slows all of them alike; figures are medians over the rounds. The pictures are noise: nothing here
 is faster or slower for a digit.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-import torchvision
-from torch import Tensor
-from torch.nn.functional import conv2d
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import InterpolationMode, v2
+from torchvision import transforms
 
 import train_single
 from capsules import DigitCapsules, capsule_lengths, margin_loss, squash
-from data import DigitBatches, as_batch
-from train_single import MODELS
+from data import DigitBatches, UserError, as_batch
+from train_ddp import PRECISIONS
+from train_single import MODELS, Run
 
 N, I, J, D = 1152, 8, 10, 16  # the capsule layer of the dynamic routing paper
 
 
 def race(contestants: dict, rounds: int, device: torch.device) -> dict:
-    """Median seconds of each contestant, a function without arguments; they take turns.
+    """Median milliseconds of each contestant, a function without arguments; they take turns.
 
     A turn is three runs, of which the first is not counted: it finds the others' data in the cache.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    seconds = {name: [] for name in contestants}
+    taken = {name: [] for name in contestants}
     for turn in range(-1, rounds):  # the first turn warms up: compilation, first allocations
         for name, run in contestants.items():
             for attempt in range(3):
@@ -55,13 +59,11 @@ def race(contestants: dict, rounds: int, device: torch.device) -> dict:
                 run()
                 wait()
                 if turn >= 0 and attempt > 0:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: median(taken) for name, taken in seconds.items()}
+                    taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(times) for name, times in taken.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. The capsule layer alone, forward and backward
-# ------------------------------------------------------------------------------------------------
+# -- Capsules: the layer alone, forward and backward -----------------------------------------------
 
 
 def tiled(u: Tensor, weight: Tensor, iterations: int = 3) -> Tensor:
@@ -117,176 +119,91 @@ def formulations(batch_size: int, device, compiled: bool, n: int = N) -> dict:
 
 
 def check_same(found: dict) -> None:
-    """All formulations give the same capsules and the same gradients, or this raises."""
-    for run in found.values():
-        for ours, theirs in zip(found["ours"](), run(), strict=True):
-            scale = ours.abs().max().item()
-            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
+    """All formulations give the same capsules and the same gradients, or this raises.
+
+    In full float32: TF32's 10 bits of mantissa would let them differ by more than is allowed here.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for run in found.values():
+            for ours, theirs in zip(found["ours"](), run(), strict=True):
+                scale = ours.abs().max().item()
+                torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def capsule_rows(device: torch.device, freed_memory: str, quick: bool) -> list[dict]:
-    """One row per batch size and formulation; see train_single.keep_freed_memory."""
+def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
+    """A row for each formulation, with freed memory as a process starts and as training keeps it.
+
+    Keeping it (train_single.keep_freed_memory) cannot be taken back, so this part comes first.
+    """
     rows = []
-    for batch_size in (2,) if quick else (32, 128):
-        found = formulations(batch_size, device, compiled=not quick)
+    for freed in ("given back", "kept") if device.type == "cpu" else ("kept",):
+        if freed == "kept":
+            train_single.keep_freed_memory()
+        found = formulations(2 if quick else 32, device, compiled=not quick)
         check_same(found)
-        seconds = race(found, 1 if quick else 12, device)
-        rows += [{
-            "batch_size": batch_size, "formulation": name, "freed_memory": freed_memory,
-            "milliseconds": 1e3 * taken,
-            "times_faster_than_tiled": seconds["tiled weights"] / taken,
-            "times_faster_than_einsum": seconds["einsum"] / taken,
-        } for name, taken in seconds.items()]
+        times = race(found, 1 if quick else 12, device)
+        rows += [{"capsule layer": k, "freed memory": freed, "ms": v} for k, v in times.items()]
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. A training step of both models
-# ------------------------------------------------------------------------------------------------
+# -- Steps: training both networks -----------------------------------------------------------------
 
 
-def rulers(device: torch.device, dtypes: dict, quick: bool) -> dict:
-    """What the machine can do: {name: (function, its operations or bytes)}.
-
-    A large matrix product is the usual ruler. On some CPUs the library behind it (MKL) is slower
-    than the one behind convolutions (oneDNN), so a large 1x1 convolution is timed as well.
-    """
-    side, images = (256, 1) if quick else (8192, 512) if device.type == "cuda" else (2048, 64)
-    found = {}
-    for precision, dtype in dtypes.items():
-        a = torch.randn(side, side, device=device, dtype=dtype)
-        x = torch.randn(images, 512, 32, 32, device=device, dtype=dtype)
-        w = torch.randn(512, 512, 1, 1, device=device, dtype=dtype)
-        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
-        found["matmul", precision] = partial(torch.mm, a, a), 2 * side**3
-        found["convolution", precision] = partial(conv2d, x, w), 2 * images * 32**2 * 512**2
-    source = torch.randn(1 << (20 if quick else 26), device=device)  # 256 MiB: no cache holds it
-    target = torch.empty_like(source)
-    found["copy", ""] = partial(target.copy_, source), 2 * source.nbytes  # read and written
-    return found
+def new_run(model: str, precision: str, compiled: bool, device: torch.device) -> Run:
+    """A run at its start, as the training scripts make it."""
+    config = {"model": model, "precision": precision, "compile": compiled}
+    return Run(config | {"routing_iterations": 3, "seed": 0, "lr": 1e-3}, device)
 
 
-def training_step(model_name: str, batch_size: int, precision: str, compiled: bool, device):
-    """(step, model): step() does what one step of train_single.py or train_ddp.py does."""
-    config = {"model": model_name, "routing_iterations": 3, "seed": 0, "lr": 1e-3}
-    training = train_single.make_training(config | {"compile": compiled}, device)
-    model, optimizer = training.model, training.optimizer
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    images = torch.randn(batch_size, 1, model.side, model.side, device=device)
+def step_of(run: Run, forward: nn.Module, batch_size: int):
+    """-> step(), which does what a step of train_ddp.py does; forward is run.model, or its DDP."""
+    device = next(run.model.parameters()).device
+    dtype = PRECISIONS[run.config["precision"]]
+    images = torch.randn(batch_size, 1, run.model.side, run.model.side, device=device)
     labels = torch.randint(0, J, (batch_size,), device=device)
 
-    def step():
-        with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-            lengths = capsule_lengths(model(images))
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(margin_loss(lengths, labels)).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            lengths = capsule_lengths(forward(images))
+        run.scaler.scale(margin_loss(lengths, labels)).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
 
-    return step, model
-
-
-def count_bytes(step, model) -> int:
-    """The bytes a step must move at least, an estimate from below.
-
-    What autograd saves for the way back is written once and read once. A parameter is read going
-    forward and going back, its gradient written and read, and Adam reads and writes it and its two
-    moments: ten times its size. What is not saved is taken to stay in the cache.
-    """
-    parameters = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
-    saved = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    activations = sum(size for place, size in saved.items() if place not in parameters)
-    return 2 * activations + 10 * sum(parameters.values())
+    return step
 
 
-def peak_memory_mib(step) -> float:
-    """Most memory in use on the GPU during a step, the weights and Adam's moments included."""
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
-def busy_share(step, seconds: float) -> float:
-    """The share of a step, `seconds` long, in which the GPU computes or copies."""
-    kinds = (torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profile:
-        for _ in range(10):
-            step()
-        torch.cuda.synchronize()
-    microseconds = sum(
-        event.self_device_time_total for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    )
-    return microseconds / 1e6 / 10 / seconds
-
-
-def step_rows(model_name: str, batch_size: int, device: torch.device, quick: bool) -> list[dict]:
-    """One row for each precision, eager and compiled. The rulers race along with the steps."""
-    gpu = device.type == "cuda"
-    half, dtype = ("fp16", torch.float16) if gpu else ("bf16", torch.bfloat16)
-    dtypes = {"fp32": torch.float32, half: dtype}
-    steps, peaks = {}, {}
-    for kind in [(p, c) for c in ((False,) if quick else (False, True)) for p in dtypes]:
-        before = torch.cuda.memory_allocated() / 2**20 if gpu else 0
-        steps[kind] = training_step(model_name, batch_size, *kind, device)
-        peaks[kind] = peak_memory_mib(steps[kind][0]) - before if gpu else None
-    ruler = rulers(device, dtypes, quick)
-    runs = {kind: step for kind, (step, _) in steps.items()}
-    runs |= {name: run for name, (run, _) in ruler.items()}
-    seconds = race(runs, 1 if quick else 9, device)
-    rate = {name: amount / seconds[name] for name, (_, amount) in ruler.items()}
-    rows = []
-    for (precision, compiled), (step, _) in steps.items():
-        eager, taken = steps[precision, False], seconds[precision, compiled]
-        with FlopCounterMode(display=False) as counter:  # matrix products and convolutions
-            eager[0]()
-        operations, moved = counter.get_total_flops(), count_bytes(*eager)
-        matmul, convolution = rate["matmul", precision], rate["convolution", precision]
-        floor = max(operations / max(matmul, convolution), moved / rate["copy", ""])
-        rows.append({
-            "model": model_name, "batch_size": batch_size,
-            "precision": precision, "compile": compiled,
-            "kind": precision + (", compiled" if compiled else ""),
-            "milliseconds": 1e3 * taken, "images_per_second": batch_size / taken,
-            "operations": operations, "gflops_per_second": operations / taken / 1e9,
-            "matmul_rate": matmul, "convolution_rate": convolution,
-            "share_of_matmul_rate": operations / taken / matmul,
-            "share_of_machine_rate": operations / taken / max(matmul, convolution),
-            "bytes": moved, "copy_rate": rate["copy", ""],
-            "floor_milliseconds": 1e3 * floor, "times_floor": taken / floor,
-            "peak_memory_mib": peaks[precision, compiled],
-            "gpu_busy": busy_share(step, taken) if gpu else None,
-        })
+def step_rows(device: torch.device, quick: bool) -> list[dict]:
+    """A row for each network, batch size and precision, eager and compiled."""
+    half, rows = "fp16" if device.type == "cuda" else "bf16", []
+    kinds = [("fp32", False), (half, False)]
+    if not quick:
+        kinds += [("fp32", True), (half, True)]
+    for model, size in itertools.product(MODELS, (2,) if quick else (32, 128)):
+        runs = {kind: new_run(model, *kind, device) for kind in kinds}
+        steps = {kind: step_of(run, run.model, size) for kind, run in runs.items()}
+        for (precision, compiled), ms in race(steps, 1 if quick else 9, device).items():
+            row = {"network": model, "batch": size, "precision": precision, "compiled": compiled}
+            rows.append(row | {"ms": ms, "images/s": 1e3 * size / ms})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The data path
-# ------------------------------------------------------------------------------------------------
+# -- Data: from stored digits to network input -----------------------------------------------------
 
 
 class OneByOne(Dataset):
     """The usual way: each image is rotated, resized and standardised by itself, with PIL."""
 
     def __init__(self, images: Tensor, model):
-        self.images, self.transform = images, v2.Compose([
-            v2.ToPILImage(),
-            v2.RandomRotation(10, InterpolationMode.BILINEAR),
-            v2.Resize(model.side, InterpolationMode.BILINEAR),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([model.mean], [model.std]),
-        ])
+        turn = transforms.RandomRotation(10, transforms.InterpolationMode.BILINEAR)
+        resize, scale = transforms.Resize(model.side), transforms.ToTensor()
+        steps = transforms.ToPILImage(), turn, resize, scale
+        self.transform = transforms.Compose([*steps, transforms.Normalize(model.mean, model.std)])
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -295,150 +212,121 @@ class OneByOne(Dataset):
         return self.transform(self.images[index]), 0
 
 
-def data_rows(steps: list[dict], device: torch.device, quick: bool) -> list[dict]:
-    """A batch of ours and one made image by image, beside the steps that were measured."""
+def data_rows(device: torch.device, quick: bool) -> list[dict]:
+    """A row for each network: a batch of ours, rotated as in training, and one of PIL's."""
     images = torch.randint(0, 256, (10_000, 28, 28), dtype=torch.uint8)
-    rows = []
-    for name, size in dict.fromkeys((row["model"], row["batch_size"]) for row in steps):
-        ours = DigitBatches(images, torch.zeros(len(images)).long(), MODELS[name], device, 10)
-        ours.set_epoch(0, 1)
+    rows, size = [], 2 if quick else 32
+    for name, model in MODELS.items():
+        ours = DigitBatches(images, torch.zeros(len(images)).long(), model, device, rotate=10)
+        ours.set_epoch(seed=0, epoch=1)
         ours = iter(DataLoader(ours, size, shuffle=True, collate_fn=as_batch))
-        others = iter(DataLoader(OneByOne(images, MODELS[name]), size, shuffle=True))
-        turns = {"ours": partial(next, ours), "others": partial(next, others)}
-        seconds = race(turns, 1 if quick else 15, device)
-        times = {
-            (row["precision"], row["compile"]): row["milliseconds"] / 1e3
-            for row in steps if (row["model"], row["batch_size"]) == (name, size)
-        }
-        rows.append({
-            "model": name, "batch_size": size,
-            "milliseconds": 1e3 * seconds["ours"],
-            "one_by_one_milliseconds": 1e3 * seconds["others"],
-            "times_faster": seconds["others"] / seconds["ours"],
-            "share_of_float32_step": seconds["ours"] / times["fp32", False],
-            "share_of_fastest_step": seconds["ours"] / min(times.values()),
-            "one_by_one_share_of_fastest_step": seconds["others"] / min(times.values()),
-        })
+        others = iter(DataLoader(OneByOne(images, model), size, shuffle=True))
+        contestants = {"PIL, ms": partial(next, others), "ours, ms": partial(next, ours)}
+        times = race(contestants, 3 if quick else 15, device)
+        rows.append({"network": name, "batch": size} | times)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------
-
-COLUMNS = {  # table: {title: the row's text}
-    "capsule_layer": {
-        "batch": "{batch_size}", "capsule layer": "{formulation}", "freed memory": "{freed_memory}",
-        "ms": "{milliseconds:.1f}", "speed, tiled = 1": "{times_faster_than_tiled:.1f}",
-        "speed, einsum = 1": "{times_faster_than_einsum:.1f}",
-    },
-    "steps": {
-        "model": "{model}", "batch": "{batch_size}", "precision": "{kind}",
-        "step, ms": "{milliseconds:.1f}", "images/s": "{images_per_second:,.0f}",
-        "GFLOP/s": "{gflops_per_second:,.0f}", "of matmul rate": "{share_of_matmul_rate:.0%}",
-        "of machine rate": "{share_of_machine_rate:.0%}", "step / floor": "{times_floor:.1f}",
-    },
-    "data_path": {
-        "model": "{model}", "batch": "{batch_size}", "PIL, ms": "{one_by_one_milliseconds:.1f}",
-        "ours, ms": "{milliseconds:.2f}", "faster": "{times_faster:.0f}x",
-        "of a float32 step": "{share_of_float32_step:.1%}",
-        "of the fastest step": "{share_of_fastest_step:.1%}",
-    },
-}
-GPU_COLUMNS = {"peak memory, MiB": "{peak_memory_mib:,.0f}", "GPU busy": "{gpu_busy:.0%}"}
+# -- Scaling: two CPU cores as two devices ---------------------------------------------------------
 
 
-def markdown(columns: dict, rows: list[dict]) -> str:
-    """A Markdown table; columns: {title: how a row's text is made}."""
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell.format(**row) for cell in columns.values()] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def measure_scaling(rank: int, places: list[int], quick: bool, scratch: str) -> None:
+    """One of two processes, each with one thread on a core of its own; rank 0 writes the rows.
+
+    Three contestants take turns, with 32 images in each step and process: "one" process, while the
+    other sleeps; two "apart", each of which trains a network of its own, so that they share nothing
+    but the machine's memory; and two that train one network by "ddp". What apart loses is the
+    machine's doing, what ddp loses beyond that is the price of communication.
+    """
+    os.sched_setaffinity(0, {places[rank]})
+    torch.set_num_threads(1)
+    train_single.keep_freed_memory()
+    store = dist.FileStore(f"{scratch}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    steps, rounds, size = (1, 2, 2) if quick else (10, 9, 32)
+    racers, rates = {}, {}
+    for kind in itertools.product(MODELS, ("fp32", "bf16")):
+        alone, shared = (new_run(*kind, False, torch.device("cpu")) for _ in range(2))
+        ddp = DistributedDataParallel(shared.model, gradient_as_bucket_view=True)
+        alone, shared = step_of(alone, alone.model, size), step_of(shared, ddp, size)
+        racers[kind] = {"one": (alone, 1), "apart": (alone, 2), "ddp": (shared, 2)}
+        rates[kind] = {name: [] for name in racers[kind]}
+    for turn in range(-1, rounds):  # the first warms up
+        for kind, contestants in racers.items():
+            for name, (step, processes) in contestants.items():
+                dist.barrier()
+                start = time.perf_counter()
+                for _ in range(steps if rank < processes else 0):
+                    step()
+                dist.barrier()  # the slower of two counts
+                if turn >= 0:
+                    images = processes * steps * size
+                    rates[kind][name].append(images / (time.perf_counter() - start))
+    if rank == 0:
+        rows = [{"network": m, "precision": p, **found} for (m, p), found in rates.items()]
+        Path(scratch, "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
 
 
-def speed_table(result: dict) -> str:
-    """A result as Markdown: the machine in a sentence, then the three tables."""
-    machine = f"{result['device_name']}, {result['threads']} threads, PyTorch {result['torch']}; "
-    for precision, rate in result["machine"].items():
-        if precision != "copy_rate":
-            machine += f"{precision}: matrix product {rate['matmul_rate'] / 1e9:,.0f} GFLOP/s, "
-            machine += f"1x1 convolution {rate['convolution_rate'] / 1e9:,.0f} GFLOP/s; "
-    text = machine + f"memory copy {result['machine']['copy_rate'] / 1e9:,.0f} GB/s.\n"
-    for table, columns in COLUMNS.items():
-        if table == "steps" and result["device"] == "cuda":
-            columns = columns | GPU_COLUMNS
-        text += "\n" + markdown(columns, result[table])
-    return text
+def scaling_rows(device: torch.device, quick: bool) -> list[dict]:
+    """A row for each network and precision: each contestant's images/s, round by round."""
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.multiprocessing.spawn(measure_scaling, (cores(), quick, scratch), nprocs=2)
+        return json.loads(Path(scratch, "rows.json").read_text())
 
 
-def report_table(result: dict) -> str:
-    """results/report-code-cpu.json, the report's own code beside ours, as two Markdown tables."""
-    parts = {
-        "rescaps_layer": "ResCapsNet's capsule layer", "rescaps_step": "ResCapsNet, training step",
-        "rescaps_loop": "ResCapsNet, step with its data", "alexcaps_step": "AlexCapsNet, step",
-        "alexcaps_loop": "AlexCapsNet, step with its data",
-    }
-    rows = [row | {"part": title} for key, title in parts.items() for row in result[key]]
-    sooner = markdown({
-        "accuracy reached": "{accuracy:.1f} %",
-        "the report's code": "{report_seconds:,.0f} s, {report}",
-        "ours": "{ours_seconds:,.0f} s", "sooner": "{times_sooner:g}x",
-    }, result["time_to_accuracy"]["rows"])
-    return sooner + "\n" + markdown({
-        "what": "{part}", "code": "{code}", "setting": "{setting}", "batch": "{batch_size}",
-        "ms": "{milliseconds:.1f}", "speed per image, report = 1": "{times_faster_than_report:.1f}",
-    }, rows)
+# -- Main ------------------------------------------------------------------------------------------
+
+PARTS = {"capsules": capsule_rows, "steps": step_rows, "data": data_rows, "scaling": scaling_rows}
 
 
-def machine_rates(steps: list[dict]) -> dict:
-    """The rulers' medians over all races, in operations and, for a copy, in bytes per second."""
-    rates = {"copy_rate": median(row["copy_rate"] for row in steps)}
-    for precision in dict.fromkeys(row["precision"] for row in steps):
-        rows = [row for row in steps if row["precision"] == precision]
-        rates[precision] = {
-            key: median(row[key] for row in rows) for key in ("matmul_rate", "convolution_rate")
-        }
-    return rates
+def cores() -> list[int]:
+    """The numbers of the CPU cores that this process may use; none where no process can be pinned."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def hardware(device: torch.device) -> str:
+    """What the figures hold for: the processor's name and its cores, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError, StopIteration):  # not Linux, or a processor without a name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+        return f"{name}, {len(cores())} cores"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
+    parser.add_argument("--only", choices=PARTS, help="measure one part")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny and uncompiled, to try it out")
     parser.add_argument("--out", type=Path, help="where to write (default: results/)")
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
-        if flags.out:
-            flags.out.mkdir(parents=True, exist_ok=True)
-    except (train_single.UsageError, OSError) as error:
+    except UserError as error:
         parser.error(str(error))
+    path = (flags.out or Path(__file__).parent) / f"speed-{device.type}.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # as in training: TF32 on a GPU
-    # First as a process starts, then with freed memory kept: that cannot be taken back.
-    layers = capsule_rows(device, "given back", flags.quick)
-    if device.type == "cpu":
-        train_single.keep_freed_memory()
-        layers += capsule_rows(device, "kept", flags.quick)
-    steps = []
-    for name in MODELS:
-        for batch_size in (2,) if flags.quick else (32, 128):
-            steps += step_rows(name, batch_size, device, flags.quick)
-    gpu = device.type == "cuda"
-    result = {
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if gpu else train_single.cpu_name(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__), "git_commit": train_single.git_commit(),
-        "quick": flags.quick, "machine": machine_rates(steps), "capsule_layer": layers,
-        "steps": steps, "data_path": data_rows(steps, device, flags.quick),
-    }
-    print(speed_table(result))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training: TF32
+    for part in [flags.only] if flags.only else PARTS:
+        if part == "scaling" and (device.type != "cpu" or len(cores()) < 2):
+            print("scaling needs --device cpu, Linux and two cores: not measured")
+            continue
+        print(f"measuring: {part} ...", flush=True)
+        rows = PARTS[part](device, flags.quick)
+        result[part] = {"hardware": hardware(device), "torch": torch.__version__, "rows": rows}
+    from results.tables import speed_text  # here: scaling's two processes need no plots
+
+    print(speed_text(result))
     if flags.out or not flags.quick:  # toy figures must not replace measured ones
-        path = (flags.out or Path(__file__).parent) / f"speed-{device.type}.json"
-        train_single.write_atomically(path, json.dumps(result, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_single.write_file(path, (json.dumps(result, indent=1) + "\n").encode())
         print(f"written: {path}")
 
 
