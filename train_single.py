@@ -3,7 +3,7 @@
     python train_single.py --model alexcaps              20 epochs of MNIST
     python train_single.py --model rescaps --epochs 3    a shorter run
     python train_single.py --model alexcaps --dry-run    one step of everything
-    python train_single.py --resume runs/alexcaps-single     go on after any stop
+    python train_single.py --resume runs/alexcaps-single  go on after any stop
 
 Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
 evaluate.py. On 2 CPU cores AlexCapsNet takes two minutes an epoch: 98.9 % of
