@@ -26,21 +26,18 @@ class AlexCapsNet(nn.Module):
         # seed, both with Kaiming-normal convolutions).
         # Pooling before ReLU: max(max(x, 0)) = max(0, max(x)), so it is the same network, but ReLU
         # has less than a quarter of the numbers to do: a sixth less time per step with --compile.
+        # fmt: off
         self.features = nn.Sequential(
             nn.Conv2d(1, 64, 5, padding=2),  #                            [B, 64, 28, 28]
-            nn.MaxPool2d(3, stride=2),
-            nn.ReLU(inplace=True),  #          [B, 64, 13, 13]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 64, 13, 13]
             nn.Conv2d(64, 192, 5, padding=2),  #                          [B, 192, 13, 13]
-            nn.MaxPool2d(3, stride=2),
-            nn.ReLU(inplace=True),  #          [B, 192, 6, 6]
-            nn.Conv2d(192, 384, 3, padding=1),
-            nn.ReLU(inplace=True),  #  [B, 384, 6, 6]
-            nn.Conv2d(384, 256, 3, padding=1),
-            nn.ReLU(inplace=True),  #  [B, 256, 6, 6]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 192, 6, 6]
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 384, 6, 6]
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 256, 6, 6]
             nn.Conv2d(256, 256, 3, padding=1),  #                         [B, 256, 6, 6]
-            nn.MaxPool2d(3, stride=2),
-            nn.ReLU(inplace=True),  #          [B, 256, 2, 2]
+            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 256, 2, 2]
         )
+        # fmt: on
         # Departure 2: primary capsules are squashed, as the paper's are; the report's are not.
         self.primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)  # [B, 2*2*32 = 128, 8]
         self.digits = DigitCapsules(n=128, i=8, iterations=routing_iterations)  # [B, 10, 16]

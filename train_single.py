@@ -61,9 +61,11 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
     sampler = RandomSampler(dataset, generator=generator)
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)  # float64: no rounding
+    sums = torch.zeros(
+        3, dtype=torch.float64, device=dataset.labels.device
+    )  # float64: sums of many
     model.train()  # BatchNorm: the statistics of the batch
-    # The batches come ready from the device and the sums stay there: the network is all it costs.
+    # The batches come ready from the device and the sums stay there: no step waits for the device.
     for images, labels in watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite):
         lengths = capsule_lengths(model(images))  # [B, 1, side, side] -> [B, J, D] -> [B, J]
         loss = margin_loss(lengths, labels)
@@ -106,20 +108,19 @@ def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = Fal
     look(numbers) brings them to the CPU, which has to wait there until the device has done all
     steps so far: too dear for every step, but a progress bar and a loss that is no number need it.
     """
-    step, due, looked = 0, 1, time.perf_counter()  # the step and the time of the last look
+    step, looked, due = 0, time.perf_counter(), 1  # step and time of the last look, the next step
+    pace = [1, 1.0]  # steps and seconds between the last two looks, with the wait in the second
     with tqdm(total=len(loader), desc=title, leave=False, disable=hidden or None) as bar:
         for number, batch in enumerate(loader, start=1):
             yield batch  # the caller's loop body runs here, and adds the batch to `sums`
             if number in (due, len(loader)):
-                now = time.perf_counter()
-                pace = sums.new_tensor([number - step, now - looked])
-                loss, hits, images, steps, seconds = look(torch.cat([sums, pace]))
-                # Where look adds up over ranks, steps / seconds is still the pace of one, and the
-                # same on all: they meet again at the same step.
+                loss, hits, images, steps, seconds = look(torch.cat([sums, sums.new_tensor(pace)]))
+                # Where look adds up over ranks, all see the same numbers, hence the same next step.
                 due = number + max(1, int(LOOK_SECONDS * steps / seconds))
                 bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
                 bar.update(number - step)
-                step, looked = number, now
+                now = time.perf_counter()
+                pace, step, looked = [number - step, now - looked], number, now
 
 
 def finite(sums: Tensor) -> list[float]:
@@ -150,7 +151,7 @@ class Run:
     def __init__(self, config: dict, device: torch.device):
         self.config, self.history = config, []  # a row for each finished epoch
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)
             # TF32: products of numbers with 10 bits of mantissa instead of 23, but much faster
             torch.set_float32_matmul_precision("high")
         torch.manual_seed(config["seed"])
@@ -170,7 +171,7 @@ class Run:
 
     @property
     def best(self) -> dict:
-        """The row of the best epoch so far; of equals max keeps the first, which cost less."""
+        """The row of the best epoch so far; of equals, the earliest."""
         return max(self.history, key=lambda row: row["val_accuracy"])
 
     def state(self) -> dict:
@@ -187,7 +188,7 @@ class Run:
                 for k, p in enumerate(self.model.parameters())
             }
         expected |= {"history": [ROW] * len(checkpoint["history"]), "config": checkpoint["config"]}
-        # Compared as a whole: a moment of another shape would crash the fused Adam, not raise.
+        # As a whole, but for the settings: a moment of another shape would crash the fused Adam.
         if outline(checkpoint) != outline(expected):
             raise UserError(f"{path} is no checkpoint of this network in this version of the code")
         if len(checkpoint["history"]) > self.config["epochs"]:
@@ -203,8 +204,8 @@ class Run:
             loss, hits, images = finite(sums)
             row[f"{part}_loss"] = round(loss / images, 6)
             row[f"{part}_accuracy"] = round(100 * hits / images, 3)
-        lr = float(f"{self.scheduler.get_last_lr()[0]:.6g}")
-        row |= {"lr": lr, "seconds": round(seconds, 2)}
+        row["lr"] = float(f"{self.scheduler.get_last_lr()[0]:.6g}")
+        row["seconds"] = round(seconds, 2)
         self.history.append(row)
         self.scheduler.step()  # of epochs, not of batches
 
@@ -293,8 +294,7 @@ def load_checkpoint(path: Path) -> dict:
         # weights_only: a pickle may run any code when it is loaded; this refuses all but tensors
         # and plain types.
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        kinds = type(checkpoint["config"]), type(checkpoint["history"])
-        if damaged is None and kinds == (dict, list):
+        if damaged is None and list is type(checkpoint["history"]) and checkpoint["config"].keys():
             return checkpoint
     raise UserError(f"{path} is damaged, or no checkpoint of this program")
 
@@ -359,7 +359,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)  # PyTorch itself says what is wrong with it
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly, without a word
         raise UserError(f"--device {name}: this code is written for cpu and cuda")
@@ -401,7 +401,7 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
     name = f"{config['model']}-{config['script']}"
     name += "-digits" if config["dataset"] == "digits" else ""
     name += f"-seed{config['seed']}" if config["seed"] else ""
-    if config["dry_run"]:  # no path of its own through the code, but one step of everything
+    if config["dry_run"]:
         config |= {"epochs": 1, "train_size": config["effective_batch"]}
         name, overwrite = "dry-run", overwrite or not folder
     return config, Path(folder or f"runs/{name}"), None, overwrite
@@ -435,7 +435,7 @@ def keep_freed_memory() -> None:
 def begin(run: Run, folder: Path, train_set: DigitBatches, script: str) -> None:
     """Save the run as it stands, and say what is trained and, on Ctrl-C, how to go on."""
     config = run.config
-    gpu = torch.cuda.get_device_name() if config["device"] != "cpu" else ""
+    gpu = torch.cuda.get_device_name() if config["device"].startswith("cuda") else ""
     config["hardware"] = gpu or f"{torch.get_num_threads()} CPU threads"
     config["train_images"] = len(train_set)
     run.save(folder)
@@ -482,9 +482,9 @@ def main() -> None:
     device = torch.device(config["device"])
     train_set, validation_set = make_datasets(config, device)
     run = Run(config, device)
-    if checkpoint:
-        run.load(checkpoint, folder / "last.pt")
     run.claim(folder, may_hold_run)
+    if checkpoint:  # read again, as from here on nobody else writes it
+        run.load(load_checkpoint(folder / "last.pt"), folder / "last.pt")
     begin(run, folder, train_set, "python train_single.py")
     while len(run.history) < config["epochs"]:
         start = time.perf_counter()
@@ -497,4 +497,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, quiet=os.environ.get("RANK", "0") != "0")
+    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0")
