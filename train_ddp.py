@@ -16,8 +16,7 @@ is imported. What distribution (DDP:) or mixed precision (AMP:) adds is marked:
             each rank's share of the images, in training and in validation
             gradients averaged over ranks, once for an accumulation group
             losses and hits summed over ranks; rank 0's BatchNorm buffers
-    AMP:    autocast around the network
-            GradScaler around the step (float16 alone needs it)
+    AMP:    autocast around the network; in float16 GradScaler around the step
 """
 
 import os
@@ -28,6 +27,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
 
 import io
 import json
+import secrets
 import signal
 import time
 from contextlib import nullcontext, redirect_stderr
@@ -46,8 +46,7 @@ from capsules import capsule_lengths, margin_loss
 from data import DigitBatches, UserError, as_batch, epoch_seed
 from train_single import Run, finite, tally, watch
 
-# DDP: torchrun tells each process who it is. Only where all of these are set, some launcher did so
-# on purpose; a lonely RANK may be left over from another program.
+# DDP: torchrun tells each process who it is. A lonely RANK is left over from something else.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 LAUNCHED = LAUNCHER <= {*os.environ}
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # among all: 0 decides, writes and prints
@@ -58,8 +57,8 @@ LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
 # DDP: how long one rank may wait for another: while rank 0 may be downloading, and afterwards
 PATIENCE, TIMEOUT = timedelta(minutes=10), timedelta(minutes=2)
 
-# AMP: what the network's matrix products and convolutions are computed in. float16 has 5 bits of
-# exponent: small gradients vanish unless the loss is scaled up. bfloat16 has the 8 bits of float32.
+# AMP: what the network's products are computed in. float16 has 5 bits of exponent: small gradients
+# vanish unless the loss is scaled up. bfloat16 has the 8 bits of float32.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # -- One epoch and validation ----------------------------------------------------------------------
@@ -109,16 +108,15 @@ def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
     # each rank has running means of its own. Rank 0's are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # DDP: no DistributedSampler here. It pads the shares to equal length, and some images would
-    # count twice. `model` is not wrapped: nothing has to be synchronised in its forward pass.
+    # DDP: no DistributedSampler here. It pads the shares, and some images would count twice.
     share = range(RANK, len(dataset), WORLD_SIZE)
-    return summed(train_single.validate(model, dataset, share, hidden=RANK > 0))
+    return summed(train_single.validate(model, dataset, share, hidden=RANK > 0))  # DDP:
 
 
 def summed(sums: Tensor) -> Tensor:
     """DDP: a copy, added up over all ranks; every rank gets the same bits."""
     total = sums.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total)  # three numbers or five: the time is that of the slowest rank
     return total
 
 
@@ -133,69 +131,73 @@ def finite_sum(sums: Tensor) -> list[float]:
 def join() -> tuple[dist.Store, dist.Store]:
     """DDP: meet the other ranks -> two stores, dictionaries that all ranks share.
 
-    The first lives as long as torchrun does, also when it restarts dead workers; the second is of
-    this start alone.
+    The first lives as long as torchrun does; the second is of this start of the workers alone.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # NCCL refuses two ranks on one GPU; then they talk through gloo, by way of the CPU.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all at once
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        print(f"rank {RANK} of {WORLD_SIZE} waits for the others at {place}", flush=True)
+        print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
     meeting = dist.rendezvous("env://", timeout=PATIENCE)  # which begins with next
-    # Where torchrun has one agent, its own count of restarts is that of all ranks.
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT") if LOCAL_WORLD_SIZE == WORLD_SIZE else None
     try:
         lasting = next(meeting)[0] if LAUNCHED else dist.HashStore()
-        start = start or lasting.add(f"starts of rank {RANK}", 1)
-        # Without a prefix of its own, a restarted rank would wait at the addresses of the dead.
-        store = dist.PrefixStore(f"start {start}", lasting)
+        store = dist.PrefixStore(name_of_this_start(lasting), lasting)
         dist.init_process_group(backend, None, TIMEOUT, WORLD_SIZE, RANK, store)
     except dist.DistError as error:
         raise UserError(f"rank {RANK} meets no others: {str(error).splitlines()[0]}") from None
     return lasting, store
 
 
-def decide(store: dist.Store, work):
-    """DDP: work() on rank 0 -> its result, on all ranks; a mistake there is one on all."""
-    if RANK == 0:
-        try:
-            answer = work(), None
-        except (UserError, OSError) as error:
-            answer = None, str(error)
-        store.set("answer", json.dumps(answer))
-    store.wait(["answer"], PATIENCE)  # rank 0 may be downloading
-    result, error = json.loads(store.get("answer"))
-    if error:
-        raise UserError(error)
-    return result
+def name_of_this_start(store: dist.Store) -> str:
+    """DDP: a name that the ranks started together have in common.
+
+    They leave their addresses in the store under it: torchrun keeps the store when it restarts
+    workers, and a new rank must not wait for a dead one. Rank 0 answers hellos until all heard.
+    """
+    mine = secrets.token_hex(8)
+    if RANK > 0:
+        store.set(f"hello of {RANK}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{name} heard by {mine}", "")
+        return name
+    for rank in range(1, WORLD_SIZE):
+        other = ""
+        while not store.check([f"{mine} heard by {other}"]):
+            other = store.get(f"hello of {rank}").decode()  # may still be that of a dead one
+            store.set(f"answer to {other}", mine)
+            time.sleep(0.02)
+    return mine
 
 
-def agree(work):
-    """DDP: work() on every rank -> this rank's result; where it fails on one, it fails on all."""
+def agree(store: dist.Store, name: str, work, ranks=range(WORLD_SIZE)):
+    """DDP: work() on these ranks -> its result; a single rank's is handed to all.
+
+    Where it fails on one, it fails on all. They wait for PATIENCE: one may be downloading.
+    """
     result, error = None, None
-    try:
-        result = work()
-    except (UserError, OSError) as failure:
-        error = str(failure)
-    errors = [None] * WORLD_SIZE
-    dist.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise UserError(error)
-    return result
+    if RANK in ranks:
+        try:
+            result = work()
+        except (UserError, OSError) as failure:
+            error = str(failure)
+        store.set(f"{name} {RANK}", json.dumps((error, result if len(ranks) == 1 else None)))
+    for rank in ranks:
+        error, told = json.loads(store.get(f"{name} {rank}"))
+        if error:
+            raise UserError(error)
+    return told if len(ranks) == 1 else result
 
 
-def plan(parser, begun: str | None) -> tuple:
+def plan(parser, lasting: dist.Store) -> tuple:
     """Rank 0 reads the command -> (settings, run folder, resume?, may the folder hold a run)."""
-    if begun:  # DDP: torchrun has restarted the workers of a run that was begun already
-        sys.argv[1:] = ["--resume", begun]
+    if lasting.check(["run folder"]):  # DDP: torchrun has restarted us, and the run was begun
+        sys.argv[1:] = ["--resume", lasting.get("run folder").decode()]
     fixed = {"script": "ddp", "world_size": WORLD_SIZE}
     config, folder, checkpoint, may_hold_run = train_single.read_command(parser, fixed)
     if config["device"] not in ("cpu", "cuda"):
         raise UserError(f"--device {config['device']}: each rank takes its own; give cpu or cuda")
     on_cpu = config["device"] == "cpu"
-    # AMP: each device's own half precision
-    config["precision"] = config["precision"] or ("bf16" if on_cpu else "fp16")
+    config["precision"] = config["precision"] or ("bf16" if on_cpu else "fp16")  # AMP:
     if on_cpu and config["precision"] == "fp16":
         raise UserError("--precision fp16 needs a GPU: on the CPU use bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
@@ -206,8 +208,7 @@ def plan(parser, begun: str | None) -> tuple:
 def pick_device(config: dict) -> torch.device:
     """DDP: this rank's device; on the CPU, this rank's share of the cores."""
     if config["device"] != "cpu":
-        gpus = max(1, torch.cuda.device_count())  # ranks may share one
-        return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
+        return train_single.find_device(f"cuda:{LOCAL_RANK % max(1, torch.cuda.device_count())}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets it to 1 where it is unset, which leaves cores idle. Another value is yours.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -249,13 +250,13 @@ def main() -> None:
         parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank also while it waits in C++
     lasting, store = join()  # DDP:
-    begun = lasting.get("run folder").decode() if lasting.check(["run folder"]) else None
-    config, folder, *rest = decide(store, lambda: plan(parser, begun))  # DDP:
-    run, train_set, validation_set = agree(lambda: prepare(config, Path(folder), *rest))  # DDP:
+    config, folder, *rest = agree(store, "plan", lambda: plan(parser, lasting), [0])  # DDP:
+    ready = agree(store, "ready", lambda: prepare(config, Path(folder), *rest))  # DDP:
+    run, train_set, validation_set = ready
     if RANK == 0:  # DDP: as all ranks are ready
-        ranks = f"--nproc_per_node={WORLD_SIZE}" if LOCAL_WORLD_SIZE == WORLD_SIZE else "..."
-        train_single.begin(run, Path(folder), train_set, f"torchrun {ranks} train_ddp.py")
-        lasting.set("run folder", folder)  # from now on a restart resumes this run
+        command = f"torchrun --nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"
+        train_single.begin(run, Path(folder), train_set, command)
+        lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
     ddp = wrap(run)  # DDP:
     while len(run.history) < config["epochs"]:
         start = time.perf_counter()
@@ -265,10 +266,9 @@ def main() -> None:
         if RANK == 0:  # DDP:
             run.save(Path(folder))
             print(run.epoch_line(), flush=True)
-    if RANK == 0:
+    if RANK == 0:  # DDP:
         train_single.print_outro(run, Path(folder))
-    # DDP: not after a failure, where NCCL would wait for ranks that wait for this one
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
 
 
 if __name__ == "__main__":
