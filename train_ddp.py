@@ -169,23 +169,23 @@ def name_of_this_start(store: dist.Store) -> str:
     return mine
 
 
-def agree(store: dist.Store, name: str, work, ranks=range(WORLD_SIZE)):
-    """DDP: work() on these ranks -> its result; a single rank's is handed to all.
+def agree(store: dist.Store, name: str, work, alone: bool = False):
+    """DDP: work() on every rank, or by rank 0 alone, for all -> its result.
 
     Where it fails on one, it fails on all. They wait for PATIENCE: one may be downloading.
     """
     result, error = None, None
-    if RANK in ranks:
+    if RANK == 0 or not alone:
         try:
             result = work()
         except (UserError, OSError) as failure:
             error = str(failure)
-        store.set(f"{name} {RANK}", json.dumps((error, result if len(ranks) == 1 else None)))
-    for rank in ranks:
+        store.set(f"{name} {RANK}", json.dumps((error, result if alone else None)))
+    for rank in [0] if alone else range(WORLD_SIZE):
         error, told = json.loads(store.get(f"{name} {rank}"))
         if error:
             raise UserError(error)
-    return told if len(ranks) == 1 else result
+    return told if alone else result
 
 
 def plan(parser, lasting: dist.Store) -> tuple:
@@ -250,7 +250,7 @@ def main() -> None:
         parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank also while it waits in C++
     lasting, store = join()  # DDP:
-    config, folder, *rest = agree(store, "plan", lambda: plan(parser, lasting), [0])  # DDP:
+    config, folder, *rest = agree(store, "plan", lambda: plan(parser, lasting), alone=True)
     ready = agree(store, "ready", lambda: prepare(config, Path(folder), *rest))  # DDP:
     run, train_set, validation_set = ready
     if RANK == 0:  # DDP: as all ranks are ready
