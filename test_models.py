@@ -11,6 +11,8 @@ import functools
 import gzip
 import hashlib
 import http.server
+import inspect
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn import metrics
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DistributedSampler, RandomSampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
@@ -47,8 +51,7 @@ import train_ddp
 import train_single
 from alexcaps import AlexCapsNet
 from rescaps import ResCapsNet
-from results import tables
-from results.benchmark import check_same, formulations, speed_table
+from results.benchmark import check_same, formulations
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever the machine has
 HERE = Path(__file__).parent
@@ -942,6 +945,101 @@ def test_torchrun_is_for_the_other_script(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# A pretended accelerator: what a GPU would not forgive, found without one
+# ------------------------------------------------------------------------------------------------
+
+ATEN, CPU = torch.ops.aten, torch.device("cpu")
+
+
+class Pretended(torch.Tensor):
+    """A tensor on the device "pretended:0": it holds a CPU tensor, which does the computing.
+
+    As on a GPU, nothing mixes it with a tensor on the CPU, except a number without dimensions.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # else .cpu() gives this class
+    downloads = uploads = 0  # how often the CPU waited: for results, or to hand over data
+
+    @staticmethod
+    def __new__(cls, held):
+        layout = held.shape, held.stride(), held.storage_offset()
+        place = {"dtype": held.dtype, "device": torch.device("pretended", 0)}
+        tensor = torch.Tensor._make_wrapper_subclass(cls, *layout, **place)
+        tensor.held = held
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        """PyTorch brings each operation on such a tensor here: do it on what is held."""
+        kwargs = dict(kwargs or {})
+        if (parts := op.decompose(*args, **kwargs)) is not NotImplemented:
+            return parts  # a compound operation, which only inference_mode brings
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        target = kwargs.pop("device", None)
+        if op is ATEN.copy_.default:  # (to, from, non_blocking=False), the one that may mix
+            target = args[0].device
+            cls.uploads += args[1].device == CPU and not any(args[2:])
+        elif any(x.device == CPU and x.dim() > 0 for x in tensors):
+            raise RuntimeError(f"{op} mixes devices: {[(x.device, x.shape) for x in tensors]}")
+        # The CPU waits for a copy, for .item(), and to know how many numbers a mask selects.
+        waits = target == CPU or torch.Tag.data_dependent_output in op.tags
+        if torch.Tag.dynamic_output_shape in op.tags:
+            waits = op is not ATEN.index.Tensor or tensors[1].dtype is torch.bool
+        cls.downloads += waits
+        args, kwargs = tree_map_only(cls, lambda x: x.held, (args, kwargs))
+        result = op(*args, **kwargs)
+        if target == CPU:
+            return result
+        known = {id(x.held): x for x in tensors if isinstance(x, cls)}  # += returns the same one
+        return tree_map_only(torch.Tensor, lambda x: known.get(id(x), cls(x)), result)
+
+
+def pretended_worker():
+    """Train, validate and predict on the CPU and on the pretended device, and compare."""
+    backend_registration._setup_privateuseone_for_python_backend("pretended")
+    torch.pretended.get_amp_supported_dtype = list  # autocast asks, even to be switched off
+    tolist, dispatch = torch.Tensor.tolist, Pretended.__torch_dispatch__
+    torch.Tensor.tolist = lambda x: tolist(x.cpu())  # it does so itself, but refuses our class
+    # What does not come to __torch_dispatch__: new tensors, and what torch.tensor puts into them
+    library, key = torch.library.Library("aten", "IMPL"), "PrivateUse1"
+    for name, op in (("empty.memory_format", ATEN.empty), ("empty_strided", ATEN.empty_strided)):
+        make = functools.partial(lambda op, *a, device, **k: Pretended(op(*a, **k)), op)
+        library.impl(name, make, key)
+    copy = ATEN.copy_.default
+    library.impl("_copy_from", lambda x, to, *a: dispatch(copy, (), (to, x, *a)), key)
+
+    train_single.VALIDATION_BATCH = 50  # of 200 images: 4 steps, as in training
+    flags = ["--model", "alexcaps", *DIGITS, "--train-size", "64", "--batch-size", "16"]
+    config = vars(train_single.build_parser("").parse_args([*flags, "--dry-run"]))
+    images, results = data.load("digits", "", "validation")[0][:32], []
+    for device in (CPU, torch.device("pretended", 0)):
+        run = train_single.Run(config | train_single.FIXED, device)
+        train_set, validation_set = train_single.make_datasets(config, device)
+        clock = itertools.count()  # read at both starts and in each look, each time 1/8 s later
+        train_single.time.perf_counter = lambda clock=clock: next(clock) / 8
+        Pretended.downloads = Pretended.uploads = 0
+        trained = train_single.train_one_epoch(run, train_set)
+        validated = train_single.validate(run.model, validation_set)
+        looks = next(clock) - 2
+        if device != CPU:
+            waits = Pretended.downloads, Pretended.uploads, looks
+            assert Pretended.downloads == looks < 8, waits  # once per look, not in every step
+            assert Pretended.uploads == looks + 2, waits  # its two numbers; the angles, the shifts
+        scores = evaluate.predict(run.model, images, 16, angle=10)
+        results.append([trained.cpu(), validated.cpu(), scores])
+    # That close, hits and images are equal: they are whole numbers.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pretended_accelerator_computes_the_same():
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"PyTorch {torch.__version__} cannot have a device made in Python")
+    # In a process of its own: a device, once registered, stays.
+    process = run_python("-c", "import test_models; test_models.pretended_worker()")
+    assert process.returncode == 0, process.stderr
+
+
+# ------------------------------------------------------------------------------------------------
 # train_ddp.py
 # ------------------------------------------------------------------------------------------------
 
@@ -1272,73 +1370,6 @@ def test_threads_of_a_rank(omp, launched, ranks, threads, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 PICTURES = ("confusion_matrix", "roc", "curves", "mistakes", "rotation", "routing")
-RES = {"model": "rescaps", "parameters": 2_022_240}
-
-
-def archived_run(folder, accuracy=99.0, curve=(97.0, 98.5, 99.0), speed=100.0, **changes):
-    """A run as it is kept in results/: config.json, metrics.csv and report.json, no checkpoint."""
-    folder.mkdir(parents=True)
-    config = {
-        "model": "alexcaps",
-        "dataset": "mnist",
-        "fallback_reason": "",
-        "data_dir": "data",
-        "epochs": len(curve),
-        "batch_size": 32,
-        "lr": 1e-3,
-        "routing_iterations": 3,
-        "rotate": 10.0,
-        "shift": 0.0,
-        "train_size": None,
-        "seed": 0,
-        "device": "cuda",
-        "compile": False,
-        "dry_run": False,
-        "script": "single",
-        "world_size": 1,
-        "accumulation_steps": 1,
-        "precision": "fp32",
-        "sync_bn": False,
-        "parameters": 2_677_696,
-        "train_images": 55_000,
-        "device_name": "A100",
-        "device_count": 1,
-        "cores": 8,
-        "threads": 4,
-    } | changes
-    config["effective_batch"] = config["batch_size"] * config["world_size"]
-    report = {
-        "model": config["model"],
-        "dataset": config["dataset"],
-        "seed": config["seed"],
-        "accuracy": accuracy,
-        "errors": round(100 * (100 - accuracy)),
-        "test_images": 10_000,
-        "kept_epoch": 1 + curve.index(max(curve)),
-        "parameters": config["parameters"],
-        "flops_per_image": 261_302_272,
-        "rotation": {"accuracy": {str(angle): 100 - abs(angle) for angle in range(-90, 91, 15)}},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "report.json").write_text(json.dumps(report))
-    seconds = config["train_images"] / speed
-    history = [
-        [k, 0.1, value, 0.1, value, 1e-3, seconds, speed, 900] for k, value in enumerate(curve, 1)
-    ]
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([train_single.COLUMNS, *history])
-    return folder
-
-
-def comparison_rows(*folders):
-    """What evaluate.py makes its tables of."""
-    runs = [evaluate.read_run(folder) for folder in folders]
-    return evaluate.make_rows([run | {"report": evaluate.read_report(run)} for run in runs])
-
-
-def verdicts(*folders):
-    """claim -> (figures, verdict)"""
-    return {text: judged for text, _, _, *judged in evaluate.judge(comparison_rows(*folders))}
 
 
 @pytest.fixture
@@ -1358,16 +1389,10 @@ def test_metrics_by_hand():
     report = evaluate.classification_metrics(lengths, labels)
     assert (report["test_images"], report["errors"], report["accuracy"]) == (20, 1, 95.0)
     assert report["confusion"][4] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    four, nine = report["per_class"][4], report["per_class"][9]
-    assert (four["precision"], four["recall"], four["f1"]) == (1, 0.5, round(2 / 3, 6))
-    assert (nine["precision"], nine["recall"], nine["f1"]) == (round(2 / 3, 6), 1, 0.8)
-    assert four["auc"] == 1  # both 4s score above every other digit
     # 9: of 2 * 18 pairs (a 9, another digit) 34 are in the right order and 2 are ties
-    assert nine["auc"] == round(35 / 36, 6)
-    assert report["auc_macro"] == round((9 + 35 / 36) / 10, 6)
-    assert report["interval_95"] == pytest.approx([76.39, 99.11], abs=0.01)  # Wilson, 19 of 20
+    assert report["auc"][4] == 1 and report["auc"][9] == pytest.approx(35 / 36, abs=1e-6)
+    assert evaluate.wilson(19, 20) == pytest.approx((76.39, 99.11), abs=0.01)
     assert evaluate.wilson(10, 10) == pytest.approx((72.25, 100), abs=0.01)
-    assert evaluate.worst_first(lengths, labels).tolist() == [9]
 
 
 @pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
@@ -1378,241 +1403,188 @@ def test_flops_against_a_count_by_hand(network):
         return 2 * places * channels_in * channels_out * kernel**2
 
     if network is AlexCapsNet:
-        capsules = 128
+        n = 128
         convolutions = conv(28 * 28, 1, 64, 5) + conv(13 * 13, 64, 192, 5)
         convolutions += conv(6 * 6, 192, 384, 3) + conv(6 * 6, 384, 256, 3)
         convolutions += conv(6 * 6, 256, 256, 3) + conv(2 * 2, 256, 256, 1)
     else:
-        capsules = 1296
+        n = 1296
         block = conv(78 * 78, 32, 32, 1) + conv(78 * 78, 32, 32, 3)
         convolutions = conv(78 * 78, 1, 32, 3) + 3 * block + conv(9 * 9, 32, 128, 9)
-    votes = 2 * capsules * 8 * 160
-    once = 2 * capsules * 160  # the weighted sums of iterations 2 and 3, as matrix products
-    assert evaluate.count_flops(network().eval()) == convolutions + votes + 2 * once
+    votes, sums = 2 * n * 8 * 160, 2 * n * 160  # the sums of iterations 2 and 3 are products, too
+    assert evaluate.count_flops(network().eval()) == convolutions + votes + 2 * sums
 
 
-@pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
-def test_couplings_sum_to_one(network):
+def test_couplings_sum_to_one():
+    """Over the digits, so the ten mean couplings of a capsule to its own digit start at 0.1."""
     images, labels = data.load("digits", "", "test")
-    chosen = evaluate.first_of_each_class(labels, 1)
-    assert labels[chosen].tolist() == list(range(10))
-    couplings = evaluate.coupling_coefficients(network().eval(), images[chosen], batch_size=4)
-    assert couplings.shape[:3] == (3, 10, 10)  # iterations, images, digits
-    np.testing.assert_allclose(couplings.sum(axis=2), 1, rtol=1e-5)
-    summary = evaluate.routing_summary(couplings, labels[chosen].numpy())
-    assert summary["coupling_to_true"][0] == 0.1
-    assert summary["entropy_bits"][0] == round(math.log2(10), 5)
-    assert summary["entropy_bits"] == sorted(summary["entropy_bits"], reverse=True)
+    chosen = evaluate.first_of_each_class(labels, 2)
+    assert labels[chosen].tolist() == sorted([*range(10)] * 2)
+    summary = evaluate.routing_summary(AlexCapsNet().eval(), images[chosen], labels[chosen], 4)
+    assert summary["coupling_to_true"][0] == pytest.approx(0.1)
+    assert np.shape(summary["coupling_maps"]) == (10, 4)
+    assert np.sum(summary["coupling_histograms"], axis=1) == pytest.approx([100, 100], abs=0.1)
 
 
-def test_routing_maps_show_each_capsule_at_its_place():
-    """Capsules that turn to the true digit light up their own place, of that image only."""
-    couplings = np.full((1, 10, 10, 9 * 9 * 16), 0.1)
-    place = 9 * 2 + 5  # row 2, column 5
-    couplings[0, 3, 3, place * 16 : (place + 1) * 16] = 0.9
-    images, labels = np.zeros((10, 28, 28)), np.arange(10)
-    figure = evaluate.draw_routing_maps(couplings, images, labels, side=9)
-    maps = np.array([axis.images[0].get_array() for axis in figure.axes[10:20]])
-    assert np.argwhere(maps > 0.5).tolist() == [[3, 2, 5]]
-    evaluate.plt.close(figure)
+@pytest.fixture(scope="module")
+def reported(finished, tmp_path_factory):
+    """The finished run, evaluated by a real process that cannot print ±; and what it printed."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run"))
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = run_python(HERE / "evaluate.py", run, "--device", "cpu", env=env)
+    assert process.returncode == 0, process.stderr
+    return run, process.stdout
 
 
-@pytest.mark.parametrize("script", ["train_single", "train_ddp"])
-def test_one_run_from_end_to_end(script, finished, tmp_path, evaluated):
-    run = finished
-    if script == "train_ddp":  # without torchrun: one process, but the other script and its files
-        run = tmp_path / "ddp"
-        train = HERE / "train_ddp.py", "--model", "alexcaps", *SMALL, "--epochs", 1
-        assert run_python(*train, "--device", "cpu", "--run-dir", run).returncode == 0
-    code, printed, error = evaluated(run, "--out", tmp_path / "a")
-    assert code == 0, error
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert f"{report['accuracy']:.2f} %" in printed
-
+def test_one_run_from_end_to_end(reported, tmp_path, evaluated, monkeypatch):
+    run, printed = reported
+    report = json.loads((run / "report.json").read_text())
+    assert f"test accuracy {report['accuracy']:.2f} %" in printed
     # every test image exactly once, against scikit-learn on another path through the network
     model = AlexCapsNet().eval()
     model.load_state_dict(weights(run, "best.pt"))
     images, labels = data.load("digits", "", "test")
     with torch.no_grad():
         lengths = model(data.prepare(images, model)).norm(dim=2)
-    predicted = lengths.argmax(dim=1)
     assert report["test_images"] == len(labels) == np.sum(report["confusion"]) == 360
-    assert report["accuracy"] == round(100 * metrics.accuracy_score(labels, predicted), 4)
-    f1 = metrics.f1_score(labels, predicted, average="macro", zero_division=0)
-    assert np.mean([row["f1"] for row in report["per_class"]]) == pytest.approx(f1, abs=1e-5)
-    auc = metrics.roc_auc_score(np.eye(10)[labels], lengths, average="macro")
-    assert report["auc_macro"] == pytest.approx(auc, abs=1e-4)
-    assert report["rotation"]["images"] == 10
+    accuracy = metrics.accuracy_score(labels, lengths.argmax(dim=1))
+    assert report["accuracy"] == pytest.approx(100 * accuracy, abs=1e-3)
+    auc = metrics.roc_auc_score(np.eye(10)[labels], lengths, average=None)
+    np.testing.assert_allclose(report["auc"], auc, atol=1e-4)
+    pictures = {name: (run / f"{name}.png").read_bytes() for name in PICTURES}
     for name in PICTURES:
-        with Image.open(tmp_path / "a" / f"{name}.png") as picture:
-            assert 600 <= picture.width <= 1600 and 300 <= picture.height <= 1200
+        with Image.open(run / f"{name}.png") as picture:
+            assert 600 <= picture.width <= 1600 and 300 <= picture.height <= 1500
             assert np.asarray(picture.convert("L")).std() > 5, f"{name} is blank"
-
-    if script == "train_single":  # a second call: the same report
-        assert evaluated(run, "--out", tmp_path / "b")[0] == 0
-        assert json.loads((tmp_path / "b" / "report.json").read_text()) == report
-
-
-def test_a_report_is_used_until_its_checkpoint_changes(copy):
-    report = dict.fromkeys(evaluate.NEEDED, 1)
-    report["rotation"] = {"accuracy": {str(angle): 90.0 for angle in evaluate.ANGLES}}
-    report |= {"model": "alexcaps", "dataset": "digits", "seed": 0}
-    report["checkpoint"] = evaluate.fingerprint(copy / "best.pt")
-    (copy / "report.json").write_text(json.dumps(report))
-    run = evaluate.read_run(copy)
-    assert evaluate.read_report(run) == report
-    (copy / "best.pt").write_bytes((copy / "best.pt").read_bytes() + b" ")
-    assert evaluate.read_report(run) is None
-    (copy / "best.pt").unlink()  # now it is an archived run
-    assert evaluate.read_report(run) == report
+    # without weights, all is drawn anew from what is kept: the same pictures, and only in --out
+    archive = Path(shutil.copytree(run, tmp_path / "archive"))
+    for name in ("best.pt", "last.pt", *(f"{name}.png" for name in PICTURES)):
+        (archive / name).unlink()
+    before = contents(archive)
+    monkeypatch.setattr(evaluate, "measure", None)  # nothing is computed
+    code, _, error = evaluated(archive, "--out", tmp_path / "out")
+    assert code == 0, error
+    for name in set(PICTURES) - {"roc", "mistakes"}:  # which show lengths, kept as float16
+        assert (tmp_path / "out" / f"{name}.png").read_bytes() == pictures[name], name
+    assert contents(archive) == before
 
 
-def test_seeds_make_one_row(tmp_path, evaluated):
-    results = [(99.0, (97.0, 98.5)), (99.2, (98.0, 98.5)), (99.7, (97.0, 98.0))]
-    folders = [
-        archived_run(tmp_path / f"seed{seed}", accuracy, curve, seed=seed)
-        for seed, (accuracy, curve) in enumerate(results)
-    ]
-    folders.append(archived_run(tmp_path / "other", 90.0, (80.0, 90.0), lr=0.01))
-    out = tmp_path / "out"
-    assert evaluated(*folders, "--out", out)[0] == 0
+def test_what_cannot_be_written_is_known_before_any_work(
+    reported, tmp_path, evaluated, monkeypatch
+):
+    run, _ = reported
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "load_network", lambda *_: pytest.fail("worked first"))
+    for runs in ([run], [run, shutil.copytree(run, tmp_path / "b")], [run, "--image", "x.png"]):
+        code, _, error = evaluated(*runs, "--out", tmp_path / "file" / "out")
+        assert_one_line(code, error, "cannot write to", "--out")
+
+
+def seed(run, folder, number, accuracy, **changes):
+    """A copy of an evaluated run with another seed and accuracy, and without weights."""
+    shutil.copytree(run, folder)
+    (folder / "best.pt").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"seed": number, "batch_size": 32}
+    config |= {"train_size": None} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    report = json.loads((folder / "report.json").read_text()) | {"accuracy": accuracy}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_seeds_make_one_row(reported, tmp_path, evaluated):
+    run, out = reported[0], tmp_path / "out"
+    folders = [seed(run, tmp_path / str(k), k, a) for k, a in enumerate((99.0, 99.2, 99.7))]
+    folders.append(seed(run, tmp_path / "other", 0, 90.0, lr=0.01))
+    code, printed, error = evaluated(*folders, "--out", out)
+    assert code == 0, error
     with open(out / "comparison.csv", newline="") as file:
-        row, other = csv.DictReader(file)
-    assert (row["runs"], other["runs"]) == ("3", "1")
-    assert float(row["accuracy"]) == pytest.approx(99.3)
+        rows = {row["n"]: row for row in csv.DictReader(file)}
+    assert float(rows["3"]["accuracy"]) == pytest.approx(99.3)
     # squared distances to 99.3: 0.09 + 0.01 + 0.16, over n - 1 = 2
-    assert float(row["accuracy_std"]) == pytest.approx(math.sqrt(0.13))
-    assert float(row["epochs_to_target"]) == pytest.approx(5 / 3)
-    assert (row["report_accuracy"], row["report_epochs"]) == ("98.06", "10")
-    assert (other["accuracy_std"], other["epochs_to_target"]) == ("", "inf")
-    assert (row["setup"], other["setup"]) == ("single", "single, --lr 0.01")
-    text, rows = (out / "comparison.md").read_text(), comparison_rows(*folders)
-    assert "99.30 ± 0.36" in text
-    for table in (evaluate.results_table, evaluate.cost_table, evaluate.claims_table):
-        assert table(rows) in text
-    with Image.open(out / "comparison.png") as picture:
-        assert picture.width >= 1000
+    assert float(rows["3"]["accuracy_std"]) == pytest.approx(math.sqrt(0.13))
+    assert rows["1"]["accuracy_std"] == "" and "lr 0.01" in rows["1"]["name"]
+    assert "99.30 ± 0.36" in printed and (out / "comparison.md").read_text() in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert (out / "comparison.png").exists()
 
 
-def test_speed_up_only_for_like_runs(tmp_path):
-    single = archived_run(tmp_path / "single", batch_size=64, speed=100)
-    changes = {"device_name": "H100", "precision": "fp16", "batch_size": 64, "device_count": 1}
-    changes |= {"train_images": 20_000, "model": "rescaps", "compile": True}
-    for k, change in enumerate([{}, *({name: value} for name, value in changes.items())]):
-        ddp = {"script": "ddp", "world_size": 2, "device_count": 2, "batch_size": 32} | change
-        two = archived_run(tmp_path / f"two-{k}", speed=170, **ddp)
-        speed_up = {row["world_size"]: row["speed_up"] for row in comparison_rows(single, two)}
-        assert speed_up == {1: None, 2: None if change else pytest.approx(1.7)}, change
+@pytest.mark.parametrize("file", ["config.json", "metrics.csv", "report.json"])
+def test_a_damaged_archive_is_one_line(file, reported, tmp_path, evaluated, monkeypatch):
+    """Every entry missing or wrong, one after the other: never a traceback."""
+    monkeypatch.setattr(evaluate, "draw_all", lambda *_: None)
+    archive = seed(reported[0], tmp_path / "archive", 0, 99.0)
+    whole = (archive / file).read_text()
+    if file == "metrics.csv":
+        lines = whole.splitlines()
+        cells = lines[1].split(",")
+        broken = ["", "epoch,loss\n1,2\n", "\n".join(lines[:1])]
+        for k in range(1, len(cells)):
+            for value in ("", "nan", "-1", "x", "inf"):
+                changed = ",".join([*cells[:k], value, *cells[k + 1 :]])
+                broken.append("\n".join([lines[0], changed, *lines[2:]]))
+    else:
+        entries = json.loads(whole)
+        broken = ["", "{", "[]", "[1]", "null"]
+        for name in entries:
+            rest = {k: v for k, v in entries.items() if k != name}
+            broken += [json.dumps(rest)]
+            broken += [json.dumps(rest | {name: v}) for v in (None, "x", [1], {}, -1, math.nan)]
+    refused = 0
+    for text in broken:
+        (archive / file).write_text(text)
+        code, _, error = evaluated(archive, "--out", tmp_path / "out")
+        if code:
+            assert_one_line(code, error)
+            refused += 1
+    assert refused > 0.6 * len(broken)  # some entries, as torch's version, tell nothing
 
 
-def test_claims_get_verdicts(tmp_path):
-    """Two models, one device and two, on a machine where all of it can be told."""
-    two = {"script": "ddp", "world_size": 2, "device_count": 2, "batch_size": 16}
-    later = (99.0,) * 9  # 10 epochs in all
-    runs = {
-        "a1": {"accuracy": 99.1, "curve": (98.2, *later), "speed": 100},
-        "a2": {"accuracy": 99.0, "curve": (98.1, *later), "speed": 180} | two,
-        "r1": {"accuracy": 99.4, "curve": (97.0, *later), "speed": 200} | RES,
-        "r2": {"accuracy": 99.0, "curve": (97.0, *later), "speed": 250} | two | RES,
-    }
-    judged = verdicts(*(archived_run(tmp_path / name, **run) for name, run in runs.items()))
-    assert [verdict for _, verdict in judged.values()] == [
-        *("agree", "agree"),  # 98.2 % against 97 % after one epoch; 99.4 - 99.1
-        *("disagree", "agree"),  # 2.7 million and 2.0 million parameters
-        *("agree", "agree", "agree"),  # 550 s / 275 s; 1.8 / 2; 1.25 / 2
-        "disagree",  # 99.0 - 99.4
-    ]
-    # one machine with one device: all but distributed speed can still be told
-    cpu = {"device": "cpu", "device_count": 1}
-    judged = verdicts(*(archived_run(tmp_path / f"cpu-{k}", **v | cpu) for k, v in runs.items()))
-    unknown = [text for text, (_, verdict) in judged.items() if verdict == "not measured"]
-    assert len(unknown) == 2 and all("distributed training helps" in text for text in unknown)
+def test_a_report_of_another_run_is_not_believed(reported, tmp_path, evaluated):
+    run = seed(reported[0], tmp_path / "run", 0, 99.0)
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"kept_val_accuracy": 3.0}))
+    code, _, error = evaluated(run, "--out", tmp_path / "out")
+    assert_one_line(code, error, "report.json", "best epoch")
+    code, _, error = evaluated(run, run)
+    assert_one_line(code, error, "given twice")
+    (run / "best.pt").write_bytes(b"?")
+    code, _, error = evaluated(run, "--out", tmp_path / "out")
+    assert_one_line(code, error, "best.pt is damaged")
 
 
-def test_kept_runs_and_their_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
-    ablation, changes = tmp_path / "runs" / "ablation", {"routing_iterations": 1, "shift": 2.0}
-    archived_run(ablation / "b-0", 99.0, (98.0, 97.0))
-    archived_run(ablation / "b-1", 99.0, (97.0, 98.5), seed=1)
-    archived_run(ablation / "a", 98.8, (96.0, 97.5), **changes)
-    archived_run(tmp_path / "runs" / "short", 98.0, (97.0,), precision="bf16")
-    archived_run(tmp_path / "runs" / "long", 97.0, (97.0, 97.1))
-    for run in (*ablation.iterdir(), tmp_path / "runs" / "short", tmp_path / "runs" / "long"):
-        tables.keep(run)
-    lines = tables.ablation(tables.kept_rows("ablation")).splitlines()
-    assert lines[2].startswith("| nothing | 1,719 | 2 | 98.25 ± 0.35 |  | 99.00 ± 0.00 | 85.0 ±")
-    assert lines[3].startswith("| `--shift 2 --routing-iterations 1` | 1,719 | 1 | 97.50 | -0.75 |")
-    assert len(tables.kept_rows()) == 2  # those of the ablation are not among them
-    first = tables.headline(tables.kept_rows()).splitlines()
-    assert len(first) == 3 and "| 98.06 | 10 | 97.00 | 1 | 2 | 55,000 |" in first[2]  # the longest
-    digits = archived_run(tmp_path / "runs" / "digits", dataset="digits")
-    with pytest.raises(train_single.UsageError, match="not of MNIST"):
-        tables.check(digits)
-
-
-def test_claims_compare_like_with_like(tmp_path):
-    claim = "ResCapsNet ends slightly more accurate"
-    short = archived_run(tmp_path / "a", 97.9, (97.0,) * 9 + (97.5,))
-    long = archived_run(tmp_path / "r", 99.9, (96.0,) * 9 + (97.8, 99.9), **RES)
-    # not 99.9 % after eleven epochs against 97.9 % after ten
-    assert "97.80 % - 97.50 %" in verdicts(short, long)[claim][0]
-    fewer = archived_run(tmp_path / "b", 99.9, (97.0,) * 10, train_images=20_000, **RES)
-    assert verdicts(short, fewer)[claim][1] == "not measured"
-    early = archived_run(tmp_path / "e", 99.9, (97.0,) * 9, **RES)
-    reason, verdict = verdicts(short, early)[claim]
-    assert verdict == "not measured" and "at least 10 epochs" in reason
-
-
-def test_bad_runs_end_in_one_line(tmp_path, evaluated):
-    good, out = archived_run(tmp_path / "good"), ("--out", tmp_path / "out")
-
-    def refused(*arguments):
-        code, _, error = evaluated(*arguments)
-        return code, error
-
-    (tmp_path / "empty").mkdir()
-    assert_one_line(*refused(tmp_path / "empty"), "holds no run")
-    assert_one_line(*refused(good), "no checkpoint")
-    assert_one_line(*refused(good, good, *out), "same settings, same seed")
-    assert_one_line(*refused(good, "--batch-size", "0"), "whole number")
-    digits = archived_run(tmp_path / "digits", dataset="digits")
-    assert_one_line(*refused(good, digits, *out), "digits and mnist", "cannot be compared")
-    contents = {
-        "report.json": ("", "{}", "[1]", "no angles", None),
-        "config.json": ("{}", None),
-        "metrics.csv": ("", "epoch,loss\n1,2\n", "nan", None),
-    }
-    for name, content in ((name, content) for name, many in contents.items() for content in many):
-        bad = archived_run(tmp_path / f"{name}-{str(content)[:3]}", seed=1)
-        if content == "no angles":
-            content = (bad / name).read_text().replace('"30"', '"31"')
-        if content == "nan":
-            content = (bad / name).read_text().replace("98.5", "nan")
-        (bad / name).unlink() if content is None else (bad / name).write_text(content)
-        assert_one_line(*refused(good, bad, *out), bad.name)
-
-
-def test_bad_checkpoints_and_data_end_in_one_line(copy, tmp_path, evaluated):
-    whole, checkpoint = (copy / "best.pt").read_bytes(), torch.load(copy / "best.pt")
-    gone = json.loads((copy / "config.json").read_text()) | {
-        "dataset": "mnist",
-        "data_dir": str(tmp_path / "gone"),
-    }
-    smaller = {k: v for k, v in checkpoint["model"].items() if "bias" not in k}
-    for content in (whole[:-1000], {"weights": torch.zeros(3)}, checkpoint | {"model": smaller}):
-        if isinstance(content, bytes):
-            (copy / "best.pt").write_bytes(content)
-        else:
-            torch.save(content, copy / "best.pt")
-        code, _, error = evaluated(copy)
-        assert_one_line(code, error, "best.pt")
-    (copy / "best.pt").unlink()
-    code, _, error = evaluated(copy)
-    assert_one_line(code, error, "no checkpoint")
-    (copy / "config.json").write_text(json.dumps(gone))  # a run on MNIST whose data have gone
-    torch.save(checkpoint | {"config": gone}, copy / "best.pt")
-    code, _, error = evaluated(copy)
-    assert_one_line(code, error, "--data-dir")
+def test_own_digits_become_mnists(tmp_path, reported, evaluated):
+    """A 7, off-centre, in any size and colour format: the same 28x28 picture of it."""
+    pixels = np.full((90, 140), 250, dtype=np.uint8)
+    pixels[20:26, 70:100] = 10  # its bar
+    for y in range(26, 70):
+        pixels[y, 97 - (y - 26) // 2 : 103 - (y - 26) // 2] = 10
+    light = Image.fromarray(pixels)
+    images = {"dark": light, "light": Image.fromarray(255 - pixels), "rgb": light.convert("RGB")}
+    images["large"] = light.resize((560, 360))
+    images["deep"] = Image.fromarray(pixels.astype(np.uint16) * 256)
+    transparent = Image.new("RGBA", light.size)  # black ink on nothing
+    transparent.putalpha(Image.fromarray(255 - pixels))
+    images["rgba"] = transparent
+    seen = {}
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
+        seen[name] = evaluate.read_digit(tmp_path / f"{name}.png").astype(float)
+    ys, xs = seen["dark"].nonzero()
+    assert max(np.ptp(ys), np.ptp(xs)) == 19  # in 20x20
+    centre = (np.indices((28, 28)) * seen["dark"]).sum(axis=(1, 2)) / seen["dark"].sum()
+    assert np.abs(centre - 13.5).max() < 1
+    for name, digit in seen.items():
+        assert np.abs(digit - seen["dark"]).mean() < 8, name
+    run, out = reported[0], tmp_path / "out"
+    code, printed, error = evaluated(run, "--out", out, "--image", tmp_path / "dark.png")
+    assert code == 0 and "dark.png: " in printed and (out / "own-digits.png").exists(), error
+    (tmp_path / "text.png").write_text("no image")
+    code, _, error = evaluated(run, "--out", out, "--image", tmp_path / "text.png")
+    assert_one_line(code, error, "text.png is no image")
+    Image.new("L", (50, 50), "white").save(tmp_path / "empty.png")
+    code, _, error = evaluated(run, "--out", out, "--image", tmp_path / "empty.png")
+    assert_one_line(code, error, "no digit can be seen")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1623,36 +1595,13 @@ def test_bad_checkpoints_and_data_end_in_one_line(copy, tmp_path, evaluated):
 def test_capsule_formulations_agree():
     torch.manual_seed(0)
     found = formulations(3, torch.device("cpu"), compiled=False, n=20)
-    assert set(found) == {"ours", "einsum", "tiled weights"}
+    assert {"ours", "einsum", "tiled weights"} <= set(found)
     v, du, dw = found["ours"]()
     assert v.shape == (3, 10, 16) and du.shape == (3, 20, 8) and dw.shape == (20, 8, 160)
     check_same(found)
     found["tiled weights"] = lambda: (v, du * 1.01, dw)
-    with pytest.raises(AssertionError):  # the check can fail
+    with pytest.raises((AssertionError, data.UserError)):  # the check can fail
         check_same(found)
-
-
-def test_quick_benchmark_writes_json(tmp_path):
-    command = [sys.executable, "-m", "results.benchmark", "--quick", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "speed-cpu.json").read_text())
-    assert speed_table(result) in done.stdout
-    assert {"device", "device_name", "cores", "threads", "python", "torch", "quick"} < set(result)
-    assert {"copy_rate", "fp32", "bf16"} == set(result["machine"])
-    assert len(result["capsule_layer"]) == 6  # 3 formulations, freed memory kept or not
-    for row in result["steps"]:
-        assert row["operations"] > 0 and row["bytes"] > 0
-        shares = row["share_of_machine_rate"], row["share_of_matmul_rate"]
-        assert 0 < shares[0] <= shares[1]
-        assert row["peak_memory_mib"] is None and row["gpu_busy"] is None
-    assert {(r["model"], r["precision"]) for r in result["steps"]} == {
-        (model, precision) for model in ("alexcaps", "rescaps") for precision in ("fp32", "bf16")
-    }
-    assert [row["model"] for row in result["data_path"]] == ["alexcaps", "rescaps"]
-    assert all(row["times_faster"] > 0 for row in result["data_path"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1660,31 +1609,12 @@ def test_quick_benchmark_writes_json(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_readme_tables_are_what_results_holds():
-    text = (HERE / "README.md").read_text()
-    assert tables.fill(text, tables.sections(tables.kept_rows())) == text
-
-
-def test_readme_names_the_lines_of_the_equations():
-    rows = re.findall(r"\| (\w+\.py):(\d+) \| `(.+?)` \|", (HERE / "README.md").read_text())
-    assert len(rows) > 8
-    for name, line, code in rows:
-        assert code in (HERE / name).read_text().splitlines()[int(line) - 1], (name, line)
-
-
-def test_readme_expects_what_was_measured():
-    rows = {" ".join(evaluate.unusual(row)): row for row in tables.kept_rows("ablation")}
-    plain = rows.pop("")
-
-    def lost(flags, figure):
-        return plain[figure] - rows[flags][figure]
-
-    assert lost("--accumulation-steps 8", "val_accuracy") > 0.2
-    assert lost("--rotate 0", "turned_30") > 3 and abs(lost("--rotate 0", "accuracy")) < 0.3
-    assert all(abs(lost(f"--routing-iterations {n}", "val_accuracy")) < 0.3 for n in (1, 2, 5))
-    alex = [row for row in tables.kept_rows() if row["model"] == "AlexCapsNet"]
-    full = {row["setup"]: row["val_accuracy"] for row in alex if row["epochs"] == 20}
-    assert full["DDP on 2"] >= full["DDP on 2, --shift 2"]  # it did not beat the report's recipe
+def test_readme_quotes_the_code():
+    rows = re.findall(r"\| .* \| `(\w+)` \| `(.+?)` \|", (HERE / "README.md").read_text())
+    assert len(rows) > 5
+    for name, code in rows:
+        found = getattr(capsules, name)
+        assert code in inspect.getsource(found), (name, code)
 
 
 def test_readme_marks_and_links_exist():
