@@ -545,7 +545,7 @@ def test_dry_run(model, tmp_path):
     held = tmp_path / "runs" / f"{model}-single-digits" / "last.pt"  # a run of that name stays
     held.parent.mkdir(parents=True)
     held.write_text("a run")
-    for _ in range(2):
+    for _ in range(2 if model == "alexcaps" else 1):
         process = run_python(
             *(HERE / "train_single.py", "--model", model, *DIGITS, "--dry-run"), cwd=tmp_path
         )
@@ -863,13 +863,12 @@ train_single.run_main(train_single.main)
     ("wrapper", "code", "epochs"),
     [
         (KILL_IN_EPOCH_2.format(signal="SIGKILL"), -signal.SIGKILL, 1),
-        (KILL_IN_EPOCH_2.format(signal="SIGTERM"), -signal.SIGTERM, 1),
         (KILL_IN_EPOCH_2.format(signal="SIGINT"), 130, 1),
         (KILL_IN_WRITE.format(name="last.pt", call=3), -signal.SIGKILL, 1),  # of epochs 0, 1, 2
         (KILL_IN_WRITE.format(name="config.json", call=1), -signal.SIGKILL, 0),
         (KILL_IN_WRITE.format(name="metrics.csv", call=3), -signal.SIGKILL, 2),
     ],
-    ids=["kill", "term", "ctrl-c", "kill-in-write", "kill-before-config", "kill-after-last"],
+    ids=["kill", "ctrl-c", "kill-in-write", "kill-before-config", "kill-after-last"],
 )
 def test_any_stop_resumes_bit_for_bit(wrapper, code, epochs, finished, tmp_path, single):
     run_dir = tmp_path / "a run"
@@ -1091,10 +1090,8 @@ def one_process(network, images, batch_size=64):
 # The last: 3 micro-batches of 16 per rank in groups of 2, the last group one micro-batch of 5.
 CASES = [
     ("alexcaps", 1, 32, 64),
-    ("alexcaps", 1, 32, 320),
     ("alexcaps", 2, 16, 320),
     ("rescaps", 1, 32, 64),
-    ("rescaps", 1, 32, 320),
     ("rescaps", 2, 16, 64),
     ("alexcaps", 2, 16, 74),
 ]
@@ -1197,27 +1194,25 @@ def test_a_dying_rank_ends_the_job(tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt")["history"] == []
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_torchrun_leaves_a_resumable_run(stop, undisturbed, tmp_path):
+def test_a_stopped_torchrun_leaves_a_resumable_run(undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     flags = [a if a != "2" else "500" for a in TWO_RANKS]
     options = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     job = run_python(*options, "train_ddp.py", *flags, "--run-dir", run_dir, start=True)
     while not job.stdout.readline().startswith("epoch  1"):
         assert job.poll() is None
-    job.send_signal(stop)
+    job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
     command = f"to go on: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
-    assert error.count(command) == (stop == signal.SIGINT)
+    assert error.count(command) == 1
     assert '/train_ddp.py", line' not in error, error
     epoch = len(torch.load(run_dir / "last.pt")["history"])
     assert epoch >= 1
-    if stop == signal.SIGINT:
-        process = torchrun(HERE / "train_ddp.py", "--resume", run_dir, "--epochs", epoch + 1)
-        assert process.returncode == 0, process.stderr
-        if epoch == 1:
-            assert same_run(run_dir, undisturbed)
+    process = torchrun(HERE / "train_ddp.py", "--resume", run_dir, "--epochs", epoch + 1)
+    assert process.returncode == 0, process.stderr
+    if epoch == 1:
+        assert same_run(run_dir, undisturbed)
 
 
 def test_two_agents_are_two_machines(undisturbed, tmp_path):
