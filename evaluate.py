@@ -16,13 +16,9 @@ import csv
 import io
 import json
 import math
-import statistics
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draw into files: no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -37,6 +33,7 @@ from capsules import capsule_lengths
 from data import VALIDATION_SIZE, UserError, load, prepare
 from train_single import MODELS, write_file
 
+plt.switch_backend("Agg")  # draw into files: no display needed
 BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
@@ -49,15 +46,15 @@ PLACES = {"alexcaps": 2 * 2, "rescaps": 9 * 9}  # of the map of primary capsules
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of an accuracy, in percent. p ± z sqrt(p (1 - p) / n) fails near 100 %."""
-    p, shrink = min(1.0, correct / n), 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
+    p, shrink = min(1.0, correct / n), 1 + z * z / n  # z = 1.96: 95 % of a normal distribution
+    centre = (p + z * z / (2 * n)) / shrink  # a little nearer to 50 % than p
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     """Indices of the first `count` digits of each class (or as many as all have): 0s, 1s, ..."""
-    count = min(count, int(labels.bincount(minlength=10).min()))
+    count = min(count, int(labels.bincount(minlength=10).min()))  # the rarest class has
     return torch.cat([(labels == digit).nonzero()[:count, 0] for digit in range(10)])
 
 
@@ -80,10 +77,7 @@ def rotation_accuracy(model, images: Tensor, labels: Tensor, scores=capsule_leng
 
 @torch.inference_mode()
 def routing_summary(model: nn.Module, images: Tensor, labels: Tensor, places: int) -> dict:
-    """What routing.png needs of the couplings, small enough for report.json.
-
-    The n images must come class by class, equally many of each.
-    """
+    """What routing.png needs of the couplings; images come class by class, equally many of each."""
     batches = images.to(next(model.parameters()).device).split(BATCH)
     routed = [model(prepare(batch, model), return_couplings=True)[1] for batch in batches]
     c = torch.cat([torch.stack(couplings).cpu() for couplings in routed], dim=1)  # [T, n, J, N]
@@ -128,7 +122,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     """The network of a run with the weights of its best epoch, ready to evaluate."""
     config, best = run["config"], run["folder"] / "best.pt"
     checkpoint = train_single.load_checkpoint(best)
-    if checkpoint["history"][-1:] != [run["best"]]:
+    if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
         raise UserError(f"{best} is not of the best epoch in metrics.csv: resume the run first")
     try:
         model = MODELS[config["model"]](config["routing_iterations"])
@@ -144,10 +138,10 @@ def measure(run: dict, model: nn.Module, images: Tensor, labels: Tensor) -> tupl
     best, lengths = run["best"], predict(model, images).numpy()
     report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
     report["parameters"] = sum(p.numel() for p in model.parameters())
-    report["flops_per_image"] = count_flops(model)
+    report["flops"] = count_flops(model)  # of one image
     report |= classification_metrics(lengths, labels.numpy())
     chosen = first_of_each_class(labels, ROTATED)
-    report["rotation_images"] = len(chosen)
+    report["rotation_images"] = len(chosen)  # for the interval
     report["rotation"] = rotation_accuracy(model, images[chosen], labels[chosen])
     chosen, places = first_of_each_class(labels, ROUTED), PLACES[run["config"]["model"]]
     return report | routing_summary(model, images[chosen], labels[chosen], places), lengths
@@ -156,17 +150,17 @@ def measure(run: dict, model: nn.Module, images: Tensor, labels: Tensor) -> tupl
 def report_text(run: dict) -> str:
     """The report as it is printed."""
     report, n = run["report"], run["report"]["test_images"]
-    low, high = wilson(report["accuracy"] * n / 100, n)
+    low, high = wilson(report["accuracy"] * n / 100, n)  # the 10,000 images alone leave this open
     # The confusion matrix says how often each pair (true, predicted) occurred: the pairs again
-    counts = np.array(report["confusion"], dtype=int).ravel()
-    pairs = np.indices((10, 10)).reshape(2, 100).repeat(counts, axis=1)
+    counts = np.array(report["confusion"], dtype=int).ravel()  # [100]
+    pairs = np.indices((10, 10)).reshape(2, 100).repeat(counts, axis=1)  # [2, 10000]
     return (
         f"{describe(run)}, on {run['config']['dataset']}, kept after epoch {report['kept_epoch']}\n"
         f"test accuracy {report['accuracy']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
         f"{report['errors']} errors in {n:,} images\n\n"
         f"{metrics.classification_report(*pairs, labels=range(10), digits=4, zero_division=0)}\n"
         f"AUC {np.mean(report['auc']):.5f} (mean over the digits), {report['parameters']:,} "
-        f"parameters, {report['flops_per_image'] / 1e6:,.0f} million FLOPs per image"
+        f"parameters, {report['flops'] / 1e6:,.0f} million FLOPs per image"
     )
 
 
@@ -191,9 +185,7 @@ def check(values: dict, shape: tuple, *names: str) -> None:
 
 def read_run(folder: Path) -> dict:
     """folder, config, history, best row and report of a run; UserError if it is none, or damaged.
-
-    The report is None where there is none to believe, but a best.pt to make one of.
-    """
+    The report is None where there is none to believe, but a best.pt to make one of."""
     try:
         config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
         check(config, (), *NUMBERS, "seed")
@@ -204,7 +196,7 @@ def read_run(folder: Path) -> dict:
             history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         for epoch, row in enumerate(history, start=1):
             check(row, (), *train_single.COLUMNS)
-            row["epoch"] = epoch
+            row["epoch"] = epoch  # a whole number
         # The row whose weights are in best.pt: of equals, as in training, the earliest
         best = max(history, key=lambda row: row["val_accuracy"])
     except WRONG as error:
@@ -222,74 +214,66 @@ def read_report(run: dict) -> dict:
     """report.json, or one of WRONG, also if it is not of the best epoch in metrics.csv."""
     report = json.loads((run["folder"] / "report.json").read_text())
     best, config = run["best"], run["config"]
-    check(report, (), "test_images", "errors", "accuracy", "parameters", "flops_per_image")
-    check(report, (), "rotation_images")
+    check(report, (), "test_images", "rotation_images", "errors", "accuracy", "parameters", "flops")
     check(report, (10,), "auc")
     check(report, (10, 10), "confusion")
     check(report, (len(ANGLES),), "rotation")
     check(report, (config["routing_iterations"],), "coupling_to_true")
     check(report, (10, PLACES[config["model"]]), "coupling_maps")
     check(report, (2, len(EDGES) - 1), "coupling_histograms")
-    if any(report[f"kept_{name}"] != best[name] for name in ("epoch", "val_accuracy")):
+    kept = report["kept_epoch"], report["kept_val_accuracy"]
+    if kept != (best["epoch"], best["val_accuracy"]) or not report["test_images"]:
         raise ValueError("it is not of the best epoch in metrics.csv")
     return report
 
 
 def describe(run: dict) -> str:
     """What tells a run from others, but for the seed: "AlexCapsNet, one device, 20 epochs"."""
-    config = run["config"]
-    place = f"{config['world_size']} processes in {config['precision']}"
-    if config["script"] == "single":
-        place = "one device"
+    config, epochs = run["config"], len(run["history"])
+    many = f"{config['world_size']} processes in {config['precision']}"
+    place = "one device" if config["script"] == "single" else many
     words = [MODELS[config["model"]].__name__, place]
     for name, usual in USUAL.items():
         if config[name] != usual:
             words.append(f"{name.replace('_', ' ')} {config[name]:g}")
     if config.get("train_size"):
         words.append(f"{config['train_images']:,} images")
-    return ", ".join([*words, f"{len(run['history'])} epochs"])
+    return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}"])
 
 
 def make_rows(runs: list[dict]) -> list[dict]:
     """Runs with their reports -> one row for those that differ only in their seed, sorted.
 
-    A row: the first run's config, and of each figure the mean, the standard deviation NAME_std
-    (None for one run) and, in row["values"][NAME], those of all runs.
+    Of each figure a row has the mean, its deviation NAME_std (None for one run), and all values.
     """
-    groups = {}
+    groups, rows = {}, []
     for run in runs:
         settings = tuple(run["config"][name] for name in (*WORDS, *NUMBERS))
-        groups.setdefault((settings, len(run["history"])), []).append(run)
-    rows = []
+        groups.setdefault((settings, len(run["history"])), []).append(run)  # alike but for the seed
     for group in groups.values():
         if len({run["config"]["seed"] for run in group}) < len(group):
-            raise UserError(f"{group[-1]['folder']} is another run's twin, with the same seed")
+            raise UserError(f"{group[-1]['folder']} has settings and seed of another run")
         reports = [run["report"] for run in group]
         row = {"name": describe(group[0]), "n": len(group), "runs": group}
         row |= {name: group[0]["config"][name] for name in (*WORDS, *NUMBERS)}
-        row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops_per_image")}
-        values = {k: [r[k] for r in reports] for k in ("accuracy", "errors", "kept_val_accuracy")}
+        row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops")}
+        values = {name: [report[name] for report in reports] for name in ("accuracy", "errors")}
+        values["val_accuracy"] = [run["best"]["val_accuracy"] for run in group]
         for k, angle in enumerate(ANGLES[:6]):  # turned by as much either way: the mean
-            turned = [(r["rotation"][k] + r["rotation"][-1 - k]) / 2 for r in reports]
-            values[f"turned_{-angle}"] = turned
+            both = [(report["rotation"][k], report["rotation"][-1 - k]) for report in reports]
+            values[f"turned_{-angle}"] = np.mean(both, axis=1).tolist()
         # The fastest epoch: others may warm up, compile, or share the machine with other work.
         values["seconds"] = [min(epoch["seconds"] for epoch in run["history"]) for run in group]
         for name, numbers in values.items():
-            row[name] = round(statistics.mean(numbers), 6)
-            row[f"{name}_std"] = statistics.stdev(numbers) if len(numbers) > 1 else None
-        rows.append(row | {"values": values})
+            row[name] = round(float(np.mean(numbers)), 6)
+            row[f"{name}_std"] = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+        rows.append(row | {"values": values})  # in the order of the runs
     return sorted(rows, key=lambda row: (row["model"], row["world_size"]))
-
-
-def plus_minus(row: dict, name: str, digits: int = 2) -> str:
-    """A figure ± its standard deviation over seeds, where there are several."""
-    deviation = row[f"{name}_std"]
-    return f"{row[name]:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown, padded so that it is one in a terminal as well."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]  # in letters
     lines = [header, ["-" * width for width in widths], *lines]
     padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in padded)
@@ -299,13 +283,14 @@ def comparison_text(rows: list[dict]) -> str:
     """comparison.md: a few columns, which fit into a terminal; comparison.csv has all."""
     lines, n = [], rows[0]["test_images"]
     for row in rows:
-        low, high = wilson(row["accuracy"] / 100 * n, n)
-        figures = [plus_minus(row, "accuracy"), f"{low:.2f}-{high:.2f}", f"{row['seconds']:.1f}"]
-        lines.append([row["name"], str(row["n"]), *figures])
+        deviation = f" ± {row['accuracy_std']:.2f}" if row["n"] > 1 else ""
+        test, seconds = f"{row['accuracy']:.2f}{deviation}", f"{row['seconds']:.1f}"
+        interval = "{:.2f}-{:.2f}".format(*wilson(row["accuracy"] / 100 * n, n))
+        lines.append([row["name"], str(row["n"]), test, interval, seconds])
     return (
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
         "n runs that differ only in their seed: mean ± standard deviation. 95 %: the interval that\n"
-        f"{n:,} images of {rows[0]['dataset']} alone leave open. s/epoch: the fastest, training alone.\n"
+        f"{n:,} images of {rows[0]['dataset']} alone leave open. s/epoch: training, fastest epoch.\n"
     )
 
 
@@ -324,8 +309,8 @@ def save(figure, text: str, file: Path) -> None:
     """Give the figure its title and write it, as all files are, in one piece."""
     figure.suptitle(text)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    plt.close(figure)
+    figure.savefig(picture, format="png", dpi=100)  # pixels an inch
+    plt.close(figure)  # pyplot would keep it
     write_file(file, picture.getvalue())
 
 
@@ -335,27 +320,23 @@ def draw_accuracy(axis, x, runs: list, **style) -> None:
     axis.set_yscale("logit")  # log(p / (1 - p)) spaces 90, 99 and 99.9 % evenly
     axis.plot(x, runs.mean(axis=0), **style)
     axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.15)
-    axis.set_yticks(np.array(TICKS) / 100, TICKS)
-    axis.minorticks_off()
-    low, high = 100 * axis.dataLim.intervaly
-    ticks = [tick for tick in TICKS if tick > high] or TICKS[-1:]
-    low = max(tick for tick in TICKS if tick <= min(98, low))
-    axis.set(ylim=(low / 100, ticks[0] / 100), ylabel="accuracy in % (logit scale)")
+    axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
+    axis.minorticks_off()  # there are enough
+    low = min(0.98, 0.99 * axis.dataLim.y0)  # the same on most slides
+    axis.set(ylim=(low, TICKS[-1] / 100), ylabel="accuracy in % (logit scale)")
 
 
-def draw_all(run: dict, lengths, images, labels, out: Path, plain: list | None = None) -> None:
-    """All pictures of a run with its report; no weights are needed. `plain`: see draw_rotation.
-
-    lengths [n, 10], images [n, 28, 28] and labels [n] of the test digits are arrays.
-    """
-    report, routed = run["report"], first_of_each_class(torch.from_numpy(labels), ROUTED)
+def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None) -> None:
+    """All pictures of a run with its report, without its weights. `plain`: see draw_rotation."""
+    routed = images[first_of_each_class(labels, ROUTED)].numpy()
+    report, lengths, labels = run["report"], lengths.astype(np.float32), labels.numpy()
     pictures = {
         "confusion_matrix": draw_confusion(report),
         "roc": draw_roc(report, lengths, labels),
         "curves": draw_curves(run),
         "mistakes": draw_mistakes(lengths, labels, images),
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
-        "routing": draw_routing(report, images[routed]),
+        "routing": draw_routing(report, routed),
     }
     for name, (figure, text) in pictures.items():
         save(figure, f"{describe(run)}\n{text}", out / f"{name}.png")
@@ -364,13 +345,12 @@ def draw_all(run: dict, lengths, images, labels, out: Path, plain: list | None =
 def draw_confusion(report: dict) -> tuple:
     """Which digits are taken for which: counts, true by predicted; colour shows the errors only."""
     confusion = np.array(report["confusion"])
-    wrong = np.where(np.eye(10), 0, confusion)
+    wrong = np.where(np.eye(10), 0, confusion)  # without the diagonal
     figure, axis = plt.subplots(figsize=(8.5, 9))
     # The root makes single errors visible; black numbers must be legible on the darkest colour.
     axis.imshow(np.sqrt(wrong), cmap="Oranges", vmin=0, vmax=1.5 * np.sqrt(wrong.max()) + 1)
     for i, j in np.argwhere(confusion > 0):
-        weight = "normal" if i == j else "bold"
-        axis.text(j, i, confusion[i, j], ha="center", va="center", weight=weight)
+        axis.text(j, i, confusion[i, j], ha="center", va="center")
     axis.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     axis.grid(False)
     return figure, f"{report['errors']} errors in {report['test_images']:,} test digits"
@@ -388,15 +368,12 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
         if rank < 3:
             style = {"color": COLOURS[rank], "label": f"digit {digit}: AUC {auc[digit]:.5f}"}
         axis.plot(100 * rates, curves[-1], **style)
-    label = f"mean of all ten: AUC {auc.mean():.5f}"
-    axis.plot(100 * rates, np.mean(curves, axis=0), "k--", label=label)
-    # Near-perfect curves hug one corner: only that is shown.
-    lowest = min(curve[rates <= max(1e-3, rates[0])].max() for curve in curves)
-    axis.set(
-        xscale="log", xlim=(100 * rates[0], 100), ylim=(max(0, min(99, 2 * lowest - 100)), 100.1)
-    )
+    axis.plot(100 * rates, np.mean(curves, axis=0), "k--", label=f"mean: AUC {auc.mean():.5f}")
+    # Near-perfect curves hug one corner: only that is shown, down to where the worst one begins.
+    corner = min(curve[rates < 0.002].max() for curve in curves)
+    axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(max(0, 2 * corner - 100.5), 100.1))
     axis.set(xlabel="false alarms: other digits taken for this one, in %", ylabel="found, in %")
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter("{x:g}")  # 0.01, not 10^-2
     axis.legend(title="the three worst; others grey")
     return figure, "ROC: one digit against the rest"
 
@@ -420,15 +397,15 @@ def draw_curves(run: dict) -> tuple:
     return figure, f"validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}"
 
 
-def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -> tuple:
+def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: Tensor) -> tuple:
     """The worst mistakes, as many as fit on a page: would YOU have known?"""
     wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
     excess = lengths[wrong].max(axis=1) - lengths[wrong, labels[wrong]]  # over the right capsule
     worst = wrong[np.argsort(-excess, kind="stable")][:48]
-    size = (11, 1.2 + 1.75 * math.ceil(max(1, len(worst)) / 8))
-    figure = plt.figure(figsize=size)
+    rows = math.ceil(max(1, len(worst)) / 8)  # of the page
+    figure = plt.figure(figsize=(11, 1.2 + 1.75 * rows))
     for place, index in enumerate(worst, start=1):
-        axis = figure.add_subplot(math.ceil(len(worst) / 8), 8, place, xticks=[], yticks=[])
+        axis = figure.add_subplot(rows, 8, place, xticks=[], yticks=[])
         row, true, taken = lengths[index], labels[index], lengths[index].argmax()
         axis.imshow(images[index], cmap="gray_r")
         axis.set_title(f"{true} → {taken}\n{row[true]:.2f} → {row[taken]:.2f}", fontsize=14)
@@ -446,7 +423,7 @@ def draw_rotation(report: dict, trained: float, plain: list | None) -> tuple:
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
     if plain is not None:
         axis.plot(ANGLES, plain, "k--", label="plain CNN")
-    axis.axhline(10, label="guessing", **GREY)
+    axis.axhline(10, label="guessing", **GREY)  # ten digits
     axis.set(xlabel="rotation in degrees (positive: counter-clockwise)", ylabel="accuracy in %")
     axis.set(xticks=ANGLES[::2], ylim=(0, 103), xlim=(-92, 92))
     axis.legend(loc="lower center")
@@ -459,7 +436,10 @@ def draw_routing(report: dict, images: np.ndarray) -> tuple:
     maps, histograms = np.array(report["coupling_maps"]), report["coupling_histograms"]
     if maps.shape[1] > 4:  # [10, 9 * 9]: the mean of a class at each place, outlined its mean image
         figure, axes = plt.subplots(2, 5, figsize=(13, 6))
-        most, places = np.abs(maps - 0.1).max(), 28 / 78 * 8 * np.arange(10)  # 8 of 78 pixels wide
+        most, places = (
+            np.abs(maps - 0.1).max() + 1e-5,
+            28 / 78 * 8 * np.arange(10),
+        )  # 8 of 78 pixels wide
         for axis, values, digits in zip(axes.flat, maps, np.split(images, 10), strict=True):
             norm = {"vmin": 0.1 - most, "vmax": 0.1 + most}  # around an equal share, in white
             shown = axis.pcolormesh(places, places, values.reshape(9, 9), cmap="RdBu_r", **norm)
@@ -472,7 +452,7 @@ def draw_routing(report: dict, images: np.ndarray) -> tuple:
             axis.stairs(values, EDGES, fill=True, alpha=0.5, color=colour, label=f"to the {label}")
         axis.axvline(0.1, label="equal share", **GREY)
         axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)", yscale="log")
-        axis.set_xlim(0, EDGES[np.flatnonzero(histograms[0]).max() + 1])
+        axis.set_xlim(0, EDGES[np.flatnonzero(histograms[0]).max() + 1])  # the last bin in use
         axis.legend()
     means = " → ".join(f"{value:.3f}" for value in report["coupling_to_true"])
     return figure, f"mean coupling to the true digit, iteration by iteration: {means}"
@@ -480,6 +460,9 @@ def draw_routing(report: dict, images: np.ndarray) -> tuple:
 
 def draw_comparison(rows: list[dict], file: Path) -> None:
     """Fewer epochs are not always less time: accuracy over both; a band holds a row's seeds."""
+    rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]  # whole runs
+    if not rows:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(13, 6 + 0.3 * len(rows)), sharey=True)
     for k, row in enumerate(rows):
         curves = [[epoch["val_accuracy"] for epoch in run["history"]] for run in row["runs"]]
@@ -488,35 +471,27 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
         draw_accuracy(axes[0], epochs, curves, **style)
         draw_accuracy(axes[1], epochs * row["seconds"] / 60, curves, **style)
     axes[0].locator_params(axis="x", integer=True)
-    axes[0].set(xlabel="epoch", ylabel="validation accuracy in % (logit scale)")
+    axes[0].set_xlabel("epoch")
     axes[1].set(xlabel="minutes of training (epochs x the fastest)", xlim=(0, None), ylabel="")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
-    best = max(rows, key=lambda row: row["accuracy"])
-    save(figure, f"Highest test accuracy, {best['accuracy']:.2f} %:\n{best['name']}", file)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")  # below both
+    save(figure, "Validation accuracy over epochs and over time", file)
 
 
 # -- 4. Your own digits ----------------------------------------------------------------------------
 
 
-def read_grey(file: Path) -> np.ndarray:
-    """An image file of any kind as [h, w] in 0..1, at most 400 pixels high and wide."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(file))  # phones note how they were held
-        if image.mode[0] in "IF":  # 16 or 32 bits, of which often only a part is used
-            values = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray(values * (255 / values.max()))
-        else:
-            paper = Image.new("RGBA", image.size, "white")  # under what is transparent
-            image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
-        image.thumbnail((400, 400))  # takes the mean of neighbours, and grain with it
-        return np.asarray(image, dtype=np.float32) / 255
-    except Exception as error:  # noqa: BLE001 - a damaged image makes PIL fail in any way at all
-        raise UserError(f"{file} is no image that can be read: {error}") from None
-
-
 def read_digit(file: Path) -> np.ndarray:
     """A photo, scan or drawing of one digit as MNIST has it: uint8 [28, 28], light on black."""
-    grey = read_grey(file)
+    try:
+        image = ImageOps.exif_transpose(Image.open(file))  # phones note how they were held
+        if image.mode[0] not in "IF":  # those have 16 or 32 bits, and no colours
+            paper = Image.new("RGBA", image.size, "white")  # under what is transparent
+            image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
+        image = image.convert("F")
+        image.thumbnail((400, 400))  # takes the mean of neighbours, and grain with it
+        grey = np.asarray(image) / max(1, np.max(image))  # [h, w], of 16 bits often few are used
+    except Exception as error:  # noqa: BLE001 - a damaged image makes PIL fail in any way at all
+        raise UserError(f"{file} is no image that can be read: {error}") from None
     paper = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     ink = np.abs(grey - paper)  # whichever of the two is dark
     if not ink.max() >= 0.1:
@@ -527,8 +502,8 @@ def read_digit(file: Path) -> np.ndarray:
     size = [max(1, round(20 * length / max(ink.size))) for length in ink.size]  # within 20x20
     ink = np.asarray(ink.resize(size, Image.Resampling.BILINEAR))
     y, x = (np.indices(ink.shape) * ink).sum(axis=(1, 2)) / ink.sum()  # the centre of mass
-    digit = Image.new("L", (28, 28))
     ink = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
+    digit = Image.new("L", (28, 28))
     digit.paste(ink, (round(14 - x), round(14 - y)))  # goes to the middle
     return np.array(digit)
 
@@ -540,14 +515,13 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
     figure, axes = plt.subplots(len(digits), 2, figsize=(9, 1.2 + 2.1 * len(digits)), squeeze=False)
     for (left, right), file, digit, row in zip(axes, args.image, digits, lengths, strict=True):
         print(f"{file}: {row.argmax()}, lengths {' '.join(f'{length:.2f}' for length in row)}")
-        left.imshow(digit, cmap="gray_r")
+        left.imshow(digit, cmap="gray_r")  # as ink on paper
         left.set(xticks=[], yticks=[])
         right.bar(range(10), row, color=[RED if k == row.argmax() else "grey" for k in range(10)])
         right.set(xticks=range(10), ylim=(0, 1), ylabel="length")
         name = file.name.encode("ascii", "replace").decode()  # the font lacks most characters
         right.set_title(f"{name}: {row.argmax()}", parse_math=False)  # a $ is a $
     save(figure, describe(run), out / "own-digits.png")
-    print(f"written to {out}: own-digits.png")
 
 
 # -- 5. Main ---------------------------------------------------------------------------------------
@@ -557,35 +531,35 @@ def check_writable(folder: Path) -> None:
     """Make the folder, and a file in it that vanishes; UserError now and not after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell
     except OSError as error:
         raise UserError(f"cannot write to {folder}, give an --out: {error.strerror}") from None
 
 
 def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
     """Print the report of a run, write it to `out` with all pictures, and keep it in the run."""
-    data_dir, best = args.data_dir or run["config"]["data_dir"], run["folder"] / "best.pt"
-    images, labels = load(run["config"]["dataset"], data_dir, "test")
-    if best.exists():
-        run["report"], lengths = measure(run, load_network(run, args.device), images, labels)
-    else:
-        try:
-            lengths = np.load(run["folder"] / "lengths.npy")
+    folder, config, plain = run["folder"], run["config"], {"rotation": None}
+    images, labels = load(config["dataset"], args.data_dir or config["data_dir"], "test")
+    try:
+        if args.plain:
+            plain = json.loads(args.plain.read_text())
+            check(plain, (len(ANGLES),), "rotation")
+        if not (folder / "best.pt").exists():
+            lengths = np.load(folder / "lengths.npy")
             if (lengths.argmax(axis=1) != labels.numpy()).sum() != run["report"]["errors"]:
-                raise ValueError("it is not of this report")
-        except (*WRONG, EOFError) as error:
-            raise UserError(
-                f"{run['folder']} has no best.pt, and its lengths.npy: {error}"
-            ) from None
+                raise ValueError("lengths.npy is not of this report")
+    except (*WRONG, EOFError, AttributeError) as error:
+        raise UserError(f"{folder} cannot be drawn: {error}") from None
+    if (folder / "best.pt").exists():
+        run["report"], lengths = measure(run, load_network(run, args.device), images, labels)
     print(report_text(run))
-    write_file(out / "report.json", json.dumps(run["report"]).encode())
+    write_file(out / "report.json", json.dumps(run["report"]).replace(', "', ',\n "').encode())
     short, buffer = lengths.astype(np.float16), io.BytesIO()  # 200 kB, unless two lengths become
     if (short.argmax(axis=1) == lengths.argmax(axis=1)).all():  # equal that were not
         lengths = short
     np.save(buffer, lengths)
     write_file(out / "lengths.npy", buffer.getvalue())
-    draw_all(run, lengths.astype(np.float32), images.numpy(), labels.numpy(), out, args.plain)
-    print(f"written to {out}: report.json, lengths.npy and six pictures")
+    draw_all(run, lengths, images, labels, out, plain["rotation"])
 
 
 def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
@@ -593,12 +567,12 @@ def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
     if len({run["config"]["dataset"] for run in runs}) > 1:
         raise UserError("accuracies on mnist and on digits cannot be compared")
     new = [run for run in runs if run["report"] is None]
-    for run in new:
-        run["place"] = out / run["folder"].name if args.out else run["folder"]
-        check_writable(run["place"])
-    for run in new:
-        evaluate_run(run, args, run["place"])
-    rows = make_rows(runs)
+    places = [out / run["folder"].name if args.out else run["folder"] for run in new]
+    for place in places:
+        check_writable(place)  # not after the minutes of another run
+    for run, place in zip(new, places, strict=True):
+        evaluate_run(run, args, place)
+    rows = make_rows(runs)  # several seeds: one row
     print(comparison_text(rows))
     write_file(out / "comparison.md", comparison_text(rows).encode())
     columns = [name for name in rows[0] if name not in ("runs", "values")]
@@ -606,35 +580,25 @@ def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([columns, *([row[name] for name in columns] for row in rows)])
     write_file(out / "comparison.csv", table.getvalue().encode())
-    whole = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]
-    if whole:
-        draw_comparison(whole, out / "comparison.png")
-    print(f"written to {out}: comparison.md, .csv{' and .png' * bool(whole)}")
-
-
-def plain(text: str) -> np.ndarray:
-    """A type for argparse: the accuracies under rotation in the report of a plain CNN."""
-    rotation = dict(json.loads(Path(text).read_text())).get("rotation")
-    return np.array(rotation, dtype=float).reshape(len(ANGLES))  # or ValueError
+    draw_comparison(rows, out / "comparison.png")
 
 
 def main() -> None:
-    # fmt: off
+    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
-        usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=style, allow_abbrev=False
+    )
     flag, file = parser.add_argument, lambda text: Path(train_single.path(text))
     flag("runs", nargs="+", type=file, metavar="RUN", help="folder of a run")
     flag("--image", nargs="+", type=file, metavar="FILE", help="own digits")
     flag("--out", type=file, metavar="DIR", help="write here and nowhere else")
-    flag("--plain", type=plain, metavar="JSON", help="report of a plain CNN, for rotation.png")
+    flag("--plain", type=file, metavar="JSON", help="report of a plain CNN, for rotation.png")
     flag("--data-dir", type=file, metavar="DIR", help="holds MNIST/raw; else as in training")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
-    # fmt: on
     args = parser.parse_args()
     if len({folder.resolve() for folder in args.runs}) < len(args.runs):
         parser.error("the same run is given twice")
-    if len(args.runs) > 1 and (args.image or args.plain is not None):
+    if len(args.runs) > 1 and (args.image or args.plain):
         parser.error("--image and --plain go with one run")
     # Training may use TF32 on a GPU; a report may not: 10 bits of mantissa instead of 23.
     torch.set_float32_matmul_precision("highest")
@@ -649,6 +613,7 @@ def main() -> None:
         evaluate_run(runs[0], args, out)
     else:
         compare(runs, args, out)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,6 @@ out is what makes a network one of capsules: squash, votes, routing and margin l
 layer and cross-entropy stand in their place.
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 
 import evaluate

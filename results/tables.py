@@ -13,7 +13,6 @@ Every difference comes with its 95 % interval, and a claim of the report is unde
 interval contains a bound of "agree if".
 """
 
-import argparse
 import csv
 import io
 import json
@@ -30,7 +29,7 @@ from scipy import stats
 
 import evaluate
 from data import UserError
-from train_single import run_main, write_file
+from train_single import write_file
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
