@@ -4,11 +4,10 @@
     python evaluate.py runs/alexcaps-single runs/rescaps-single    comparison.md, .csv and .png
     python evaluate.py runs/alexcaps-single --image photo.jpg      your own digit: own-digits.png
 
-Files go to the run's folder, or to runs/comparison. Runs that differ only in --seed are one row
-there. A run without best.pt is drawn anew from its report.json and lengths.npy. On 2 CPU cores a
-run on MNIST takes half a minute (AlexCapsNet) or a few minutes (ResCapsNet).
-
-Five parts: one run's figures · several runs · the pictures · your own digits · main.
+Files go to the run's folder, or to runs/comparison, where runs that differ only in --seed are one
+row. A run without best.pt is drawn anew from report.json and lengths.npy. On 2 CPU cores a run on
+MNIST takes half a minute to a few minutes. Five parts: one run's figures · several runs · the
+pictures · your own digits · main.
 """
 
 import argparse
@@ -62,17 +61,20 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
 def predict(model, images: Tensor, batch_size=BATCH, angle=0, scores=capsule_lengths) -> Tensor:
     """uint8 [n, 28, 28], turned by `angle` degrees -> `scores` of the model's output, [n, 10]."""
     device, predicted = next(model.parameters()).device, []
-    batches = images.to(device).split(batch_size)
-    for batch in tqdm(batches, desc=f"test digits at {angle} degrees", leave=False, disable=None):
+    bar = {"desc": f"test digits at {angle} degrees", "leave": False, "disable": None}
+    for batch in tqdm(images.to(device).split(batch_size), **bar):
         degrees = torch.full([len(batch)], float(angle), device=device) if angle else None
         predicted.append(scores(model(prepare(batch, model, degrees))).cpu())
     return torch.cat(predicted)
 
 
-def rotation_accuracy(model, images: Tensor, labels: Tensor, scores=capsule_lengths) -> list[float]:
+def rotation_accuracy(model, images: Tensor, labels: Tensor, scores=capsule_lengths) -> dict:
     """Accuracy in percent at each of the ANGLES, always of the same digits."""
-    predicted = [predict(model, images, BATCH, angle, scores).argmax(dim=1) for angle in ANGLES]
-    return [round(100 * (p == labels).float().mean().item(), 3) for p in predicted]
+    chosen, accuracy = first_of_each_class(labels, ROTATED), {}
+    for angle in ANGLES:
+        right = predict(model, images[chosen], BATCH, angle, scores).argmax(dim=1) == labels[chosen]
+        accuracy[str(angle)] = round(100 * right.float().mean().item(), 3)
+    return {"images": len(chosen), "accuracy": accuracy}
 
 
 @torch.inference_mode()
@@ -83,8 +85,7 @@ def routing_summary(model: nn.Module, images: Tensor, labels: Tensor, places: in
     c = torch.cat([torch.stack(couplings).cpu() for couplings in routed], dim=1)  # [T, n, J, N]
     true = c[:, torch.arange(len(labels)), labels]  # those to the true digit: [T, n, N]
     others = c[-1, labels.unsqueeze(1) != torch.arange(10)]  # of the last iteration: [9n, N]
-    # WHERE do capsules turn to the true digit? N counts the places of a map first, then the
-    # capsules at a place: [n, N] -> [10, n/10, places, capsules] -> mean
+    # WHERE do capsules turn to the true digit? [n, N] -> [10, n/10, places, capsules] -> mean
     maps = true[-1].view(10, len(labels) // 10, places, -1).double().mean(dim=(1, 3))
     # HOW MANY do? How often, in percent, each coupling occurs, to the true digit and to others
     percent = [100 * np.histogram(part, EDGES)[0] / part.numel() for part in (true[-1], others)]
@@ -113,6 +114,7 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
         "test_images": n,
         "errors": errors,
         "accuracy": round(100 * (n - errors) / n, 4),
+        "interval_95": [round(bound, 4) for bound in wilson(n - errors, n)],
         "auc": auc.round(6).tolist(),
         "confusion": metrics.confusion_matrix(labels, predicted, labels=range(10)).tolist(),
     }
@@ -129,8 +131,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError, TypeError):
         raise UserError(f"{best} does not fit the network as it is in this repository") from None
-    # channels_last: [B, H, W, C] in memory, the faster layout for convolutions
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device, memory_format=torch.channels_last).eval()  # [B, H, W, C]: faster
 
 
 def measure(run: dict, model: nn.Module, images: Tensor, labels: Tensor) -> tuple:
@@ -138,29 +139,26 @@ def measure(run: dict, model: nn.Module, images: Tensor, labels: Tensor) -> tupl
     best, lengths = run["best"], predict(model, images).numpy()
     report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
     report["parameters"] = sum(p.numel() for p in model.parameters())
-    report["flops"] = count_flops(model)  # of one image
+    report["flops_per_image"] = count_flops(model)
     report |= classification_metrics(lengths, labels.numpy())
-    chosen = first_of_each_class(labels, ROTATED)
-    report["rotation_images"] = len(chosen)  # for the interval
-    report["rotation"] = rotation_accuracy(model, images[chosen], labels[chosen])
+    report["rotation"] = rotation_accuracy(model, images, labels)
     chosen, places = first_of_each_class(labels, ROUTED), PLACES[run["config"]["model"]]
     return report | routing_summary(model, images[chosen], labels[chosen], places), lengths
 
 
 def report_text(run: dict) -> str:
     """The report as it is printed."""
-    report, n = run["report"], run["report"]["test_images"]
-    low, high = wilson(report["accuracy"] * n / 100, n)  # the 10,000 images alone leave this open
+    report, (low, high) = run["report"], run["report"]["interval_95"]
     # The confusion matrix says how often each pair (true, predicted) occurred: the pairs again
     counts = np.array(report["confusion"], dtype=int).ravel()  # [100]
     pairs = np.indices((10, 10)).reshape(2, 100).repeat(counts, axis=1)  # [2, 10000]
     return (
         f"{describe(run)}, on {run['config']['dataset']}, kept after epoch {report['kept_epoch']}\n"
         f"test accuracy {report['accuracy']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
-        f"{report['errors']} errors in {n:,} images\n\n"
+        f"{report['errors']} errors in {report['test_images']:,} images\n\n"
         f"{metrics.classification_report(*pairs, labels=range(10), digits=4, zero_division=0)}\n"
         f"AUC {np.mean(report['auc']):.5f} (mean over the digits), {report['parameters']:,} "
-        f"parameters, {report['flops'] / 1e6:,.0f} million FLOPs per image"
+        f"parameters, {report['flops_per_image'] / 1e6:,.0f} million FLOPs per image"
     )
 
 
@@ -183,6 +181,13 @@ def check(values: dict, shape: tuple, *names: str) -> None:
             raise ValueError(f"{name} is wrong")
 
 
+def at_angles(report: dict) -> list[float]:
+    """The accuracies on turned digits in a report of any network; one of WRONG if it has none."""
+    check(report["rotation"], (), "images")
+    check(report["rotation"]["accuracy"], (), *map(str, ANGLES))
+    return [report["rotation"]["accuracy"][str(angle)] for angle in ANGLES]
+
+
 def read_run(folder: Path) -> dict:
     """folder, config, history, best row and report of a run; UserError if it is none, or damaged.
     The report is None where there is none to believe, but a best.pt to make one of."""
@@ -197,8 +202,7 @@ def read_run(folder: Path) -> dict:
         for epoch, row in enumerate(history, start=1):
             check(row, (), *train_single.COLUMNS)
             row["epoch"] = epoch  # a whole number
-        # The row whose weights are in best.pt: of equals, as in training, the earliest
-        best = max(history, key=lambda row: row["val_accuracy"])
+        best = max(history, key=lambda row: row["val_accuracy"])  # in best.pt; the earliest
     except WRONG as error:
         raise UserError(f"{folder} holds no run with a finished epoch: {error}") from None
     run = {"folder": folder, "config": config, "history": history, "best": best, "report": None}
@@ -214,15 +218,15 @@ def read_report(run: dict) -> dict:
     """report.json, or one of WRONG, also if it is not of the best epoch in metrics.csv."""
     report = json.loads((run["folder"] / "report.json").read_text())
     best, config = run["best"], run["config"]
-    check(report, (), "test_images", "rotation_images", "errors", "accuracy", "parameters", "flops")
+    check(report, (), "test_images", "errors", "accuracy", "parameters", "flops_per_image")
+    check(report, (2,), "interval_95")
     check(report, (10,), "auc")
-    check(report, (10, 10), "confusion")
-    check(report, (len(ANGLES),), "rotation")
+    check(report, (10, 10), "confusion")  # true by predicted digit
     check(report, (config["routing_iterations"],), "coupling_to_true")
-    check(report, (10, PLACES[config["model"]]), "coupling_maps")
+    check(report, (10, PLACES[config["model"]]), "coupling_maps")  # of each class
     check(report, (2, len(EDGES) - 1), "coupling_histograms")
     kept = report["kept_epoch"], report["kept_val_accuracy"]
-    if kept != (best["epoch"], best["val_accuracy"]) or not report["test_images"]:
+    if kept != (best["epoch"], best["val_accuracy"]) or not at_angles(report):
         raise ValueError("it is not of the best epoch in metrics.csv")
     return report
 
@@ -256,12 +260,12 @@ def make_rows(runs: list[dict]) -> list[dict]:
         reports = [run["report"] for run in group]
         row = {"name": describe(group[0]), "n": len(group), "runs": group}
         row |= {name: group[0]["config"][name] for name in (*WORDS, *NUMBERS)}
-        row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops")}
+        row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops_per_image")}
         values = {name: [report[name] for report in reports] for name in ("accuracy", "errors")}
         values["val_accuracy"] = [run["best"]["val_accuracy"] for run in group]
-        for k, angle in enumerate(ANGLES[:6]):  # turned by as much either way: the mean
-            both = [(report["rotation"][k], report["rotation"][-1 - k]) for report in reports]
-            values[f"turned_{-angle}"] = np.mean(both, axis=1).tolist()
+        turned = np.array([at_angles(report) for report in reports])  # [runs, angles]
+        for k, angle in enumerate(ANGLES[:6]):  # the mean of either way
+            values[f"turned_{-angle}"] = turned[:, [k, -1 - k]].mean(axis=1).tolist()
         # The fastest epoch: others may warm up, compile, or share the machine with other work.
         values["seconds"] = [min(epoch["seconds"] for epoch in run["history"]) for run in group]
         for name, numbers in values.items():
@@ -280,17 +284,21 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def comparison_text(rows: list[dict]) -> str:
-    """comparison.md: a few columns, which fit into a terminal; comparison.csv has all."""
-    lines, n = [], rows[0]["test_images"]
-    for row in rows:
+    """comparison.md: few columns, for a terminal; what all rows have in common stands above."""
+    n, names = max(1, rows[0]["test_images"]), [row["name"].split(", ") for row in rows]
+    shared = [word for word in names[0] if len(rows) > 1 and all(word in name for name in names)]
+    lines = []
+    for row, name in zip(rows, names, strict=True):
+        run = ", ".join(word for word in name if word not in shared) or row["hardware"]
         deviation = f" ± {row['accuracy_std']:.2f}" if row["n"] > 1 else ""
         test, seconds = f"{row['accuracy']:.2f}{deviation}", f"{row['seconds']:.1f}"
         interval = "{:.2f}-{:.2f}".format(*wilson(row["accuracy"] / 100 * n, n))
-        lines.append([row["name"], str(row["n"]), test, interval, seconds])
+        lines.append([run, str(row["n"]), test, interval, seconds])
     return (
+        f"Accuracy on {n:,} test images: {', '.join([rows[0]['dataset'], *shared])}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
-        "n runs that differ only in their seed: mean ± standard deviation. 95 %: the interval that\n"
-        f"{n:,} images of {rows[0]['dataset']} alone leave open. s/epoch: training, fastest epoch.\n"
+        "n runs that differ only in their seed: mean ± standard deviation; 95 %: the interval\n"
+        "that the images alone leave open; s/epoch: training alone, the fastest epoch\n"
     )
 
 
@@ -322,21 +330,19 @@ def draw_accuracy(axis, x, runs: list, **style) -> None:
     axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.15)
     axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
     axis.minorticks_off()  # there are enough
-    low = min(0.98, 0.99 * axis.dataLim.y0)  # the same on most slides
-    axis.set(ylim=(low, TICKS[-1] / 100), ylabel="accuracy in % (logit scale)")
+    axis.set(ylim=(min(0.98, 0.99 * axis.dataLim.y0), 0.9995), ylabel="accuracy in % (logit scale)")
 
 
 def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None) -> None:
     """All pictures of a run with its report, without its weights. `plain`: see draw_rotation."""
-    routed = images[first_of_each_class(labels, ROUTED)].numpy()
-    report, lengths, labels = run["report"], lengths.astype(np.float32), labels.numpy()
+    report, lengths = run["report"], lengths.astype(np.float32)
     pictures = {
         "confusion_matrix": draw_confusion(report),
-        "roc": draw_roc(report, lengths, labels),
+        "roc": draw_roc(report, lengths, labels.numpy()),
         "curves": draw_curves(run),
-        "mistakes": draw_mistakes(lengths, labels, images),
+        "mistakes": draw_mistakes(lengths, labels.numpy(), images.numpy()),
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
-        "routing": draw_routing(report, routed),
+        "routing": draw_routing(report, images[first_of_each_class(labels, ROUTED)].numpy()),
     }
     for name, (figure, text) in pictures.items():
         save(figure, f"{describe(run)}\n{text}", out / f"{name}.png")
@@ -397,7 +403,7 @@ def draw_curves(run: dict) -> tuple:
     return figure, f"validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}"
 
 
-def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: Tensor) -> tuple:
+def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -> tuple:
     """The worst mistakes, as many as fit on a page: would YOU have known?"""
     wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
     excess = lengths[wrong].max(axis=1) - lengths[wrong, labels[wrong]]  # over the right capsule
@@ -409,37 +415,34 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: Tensor) -> tu
         row, true, taken = lengths[index], labels[index], lengths[index].argmax()
         axis.imshow(images[index], cmap="gray_r")
         axis.set_title(f"{true} → {taken}\n{row[true]:.2f} → {row[taken]:.2f}", fontsize=14)
-    text = f"{len(wrong)} of {len(labels):,} test digits are wrong, here the worst {len(worst)}:"
+    text = f"the worst {len(worst)} of {len(wrong)} mistakes in {len(labels):,} test digits: "
     return figure, f"{text}\ntrue → predicted class, and the lengths of both capsules"
 
 
 def draw_rotation(report: dict, trained: float, plain: list | None) -> tuple:
     """How far a network, and a plain CNN, generalise to angles that they have not been shown."""
-    values, n = report["rotation"], report["rotation_images"]
+    values, n = at_angles(report), max(1, report["rotation"]["images"])
     low, high = np.transpose([wilson(value * n / 100, n) for value in values])
     figure, axis = plt.subplots(figsize=(11, 7))
     axis.axvspan(-trained, trained, color="#E69F00", alpha=0.3, label=f"trained: ±{trained:g}°")
     axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label="95 % interval")
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
-    if plain is not None:
+    if plain:
         axis.plot(ANGLES, plain, "k--", label="plain CNN")
     axis.axhline(10, label="guessing", **GREY)  # ten digits
     axis.set(xlabel="rotation in degrees (positive: counter-clockwise)", ylabel="accuracy in %")
-    axis.set(xticks=ANGLES[::2], ylim=(0, 103), xlim=(-92, 92))
+    axis.set(xticks=ANGLES[::2], ylim=(0, 103), xlim=(-92, 92))  # points on the edge stay whole
     axis.legend(loc="lower center")
     return figure, f"accuracy on {n:,} turned test digits"
 
 
 def draw_routing(report: dict, images: np.ndarray) -> tuple:
-    """What routing has done in the end: WHERE capsules have turned to the true digit, and how far,
-    or, where there is no map of them worth the name, HOW MANY have."""
+    """What routing has done: WHERE capsules have turned to the true digit, or HOW MANY have."""
     maps, histograms = np.array(report["coupling_maps"]), report["coupling_histograms"]
     if maps.shape[1] > 4:  # [10, 9 * 9]: the mean of a class at each place, outlined its mean image
         figure, axes = plt.subplots(2, 5, figsize=(13, 6))
-        most, places = (
-            np.abs(maps - 0.1).max() + 1e-5,
-            28 / 78 * 8 * np.arange(10),
-        )  # 8 of 78 pixels wide
+        most = np.abs(maps - 0.1).max() + 1e-5
+        places = 28 / 78 * 8 * np.arange(10)  # a place is 8 of 78 pixels wide
         for axis, values, digits in zip(axes.flat, maps, np.split(images, 10), strict=True):
             norm = {"vmin": 0.1 - most, "vmax": 0.1 + most}  # around an equal share, in white
             shown = axis.pcolormesh(places, places, values.reshape(9, 9), cmap="RdBu_r", **norm)
@@ -519,8 +522,7 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
         left.set(xticks=[], yticks=[])
         right.bar(range(10), row, color=[RED if k == row.argmax() else "grey" for k in range(10)])
         right.set(xticks=range(10), ylim=(0, 1), ylabel="length")
-        name = file.name.encode("ascii", "replace").decode()  # the font lacks most characters
-        right.set_title(f"{name}: {row.argmax()}", parse_math=False)  # a $ is a $
+        right.set_title(f"{file.name!a}: {row.argmax()}", parse_math=False)  # in ASCII; $ is $
     save(figure, describe(run), out / "own-digits.png")
 
 
@@ -538,12 +540,11 @@ def check_writable(folder: Path) -> None:
 
 def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
     """Print the report of a run, write it to `out` with all pictures, and keep it in the run."""
-    folder, config, plain = run["folder"], run["config"], {"rotation": None}
+    folder, config, plain = run["folder"], run["config"], None
     images, labels = load(config["dataset"], args.data_dir or config["data_dir"], "test")
     try:
         if args.plain:
-            plain = json.loads(args.plain.read_text())
-            check(plain, (len(ANGLES),), "rotation")
+            plain = at_angles(json.loads(args.plain.read_text()))
         if not (folder / "best.pt").exists():
             lengths = np.load(folder / "lengths.npy")
             if (lengths.argmax(axis=1) != labels.numpy()).sum() != run["report"]["errors"]:
@@ -559,7 +560,7 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
         lengths = short
     np.save(buffer, lengths)
     write_file(out / "lengths.npy", buffer.getvalue())
-    draw_all(run, lengths, images, labels, out, plain["rotation"])
+    draw_all(run, lengths, images, labels, out, plain)
 
 
 def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
@@ -576,9 +577,8 @@ def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
     print(comparison_text(rows))
     write_file(out / "comparison.md", comparison_text(rows).encode())
     columns = [name for name in rows[0] if name not in ("runs", "values")]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerows([columns, *([row[name] for name in columns] for row in rows)])
+    table, lines = io.StringIO(), [[row[name] for name in columns] for row in rows]
+    csv.writer(table, lineterminator="\n").writerows([columns, *lines])
     write_file(out / "comparison.csv", table.getvalue().encode())
     draw_comparison(rows, out / "comparison.png")
 
@@ -603,7 +603,7 @@ def main() -> None:
     # Training may use TF32 on a GPU; a report may not: 10 bits of mantissa instead of 23.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    args.device = train_single.find_device(args.device)
+    args.device = train_single.find_device(args.device)  # or one line of what is wrong
     runs = [read_run(folder) for folder in args.runs]
     out = args.out or (Path("runs/comparison") if len(runs) > 1 else args.runs[0])
     check_writable(out)  # all mistakes that can be seen at once are told before any work
