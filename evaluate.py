@@ -37,7 +37,7 @@ BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
 ROUTED = 20  # test digits of each class whose couplings are averaged for routing.png
-EDGES = np.linspace(0, 1, 101)  # of the bins in a histogram of couplings
+EDGES = np.linspace(0, 1, 201)  # of the bins in a histogram of couplings
 PLACES = {"alexcaps": 2 * 2, "rescaps": 9 * 9}  # of the map of primary capsules
 
 # -- 1. One run: its figures -----------------------------------------------------------------------
@@ -240,9 +240,8 @@ def describe(run: dict) -> str:
     for name, usual in USUAL.items():
         if config[name] != usual:
             words.append(f"{name.replace('_', ' ')} {config[name]:g}")
-    if config.get("train_size"):
-        words.append(f"{config['train_images']:,} images")
-    return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}"])
+    of = f" of {config['train_images']:,} images" if config.get("train_size") else ""
+    return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}{of}"])
 
 
 def make_rows(runs: list[dict]) -> list[dict]:
@@ -330,7 +329,8 @@ def draw_accuracy(axis, x, runs: list, **style) -> None:
     axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.15)
     axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
     axis.minorticks_off()  # there are enough
-    axis.set(ylim=(min(0.98, 0.99 * axis.dataLim.y0), 0.9995), ylabel="accuracy in % (logit scale)")
+    top = 0.998 if axis.dataLim.y1 < 0.998 else 0.9995  # the same on most slides
+    axis.set(ylim=(min(0.98, 0.99 * axis.dataLim.y0), top), ylabel="accuracy in % (logit scale)")
 
 
 def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None) -> None:
