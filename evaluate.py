@@ -1,13 +1,13 @@
-"""Evaluate runs: the figures a report needs, and pictures that teach. Always in float32.
+"""Evaluate runs: the figures of a report, and pictures. Always in float32.
 
-    python evaluate.py runs/alexcaps-single                        report.json and six pictures
-    python evaluate.py runs/alexcaps-single runs/rescaps-single    comparison.md, .csv and .png
-    python evaluate.py runs/alexcaps-single --image photo.jpg      your own digit: own-digits.png
+    python evaluate.py runs/alexcaps-single                       a report
+    python evaluate.py runs/alexcaps-single runs/rescaps-single   a comparison
+    python evaluate.py runs/alexcaps-single --image photo.jpg     own digits
 
-Files go to the run's folder, or to runs/comparison, where runs that differ only in --seed are one
-row. A run without best.pt is drawn anew from report.json and lengths.npy. On 2 CPU cores a run on
-MNIST takes half a minute to a few minutes. Five parts: one run's figures · several runs · the
-pictures · your own digits · main.
+Files go to the run's folder, or to runs/comparison, where runs that differ only
+in --seed are one row. A run without best.pt is drawn anew from its report.json
+and lengths.npy. On 2 CPU cores a run on MNIST takes half a minute to a few.
+Five parts: one run's figures, several runs, pictures, your own digits, main.
 """
 
 import argparse

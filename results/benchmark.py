@@ -21,9 +21,9 @@ import itertools
 import json
 import os
 import platform
+import re
 import tempfile
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,12 +32,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import train_single
 from capsules import DigitCapsules, capsule_lengths, margin_loss, squash
-from data import DigitBatches, UserError, as_batch
+from data import DigitBatches, UserError
 from train_ddp import PRECISIONS
 from train_single import MODELS, Run
 
@@ -66,28 +65,24 @@ def race(contestants: dict, rounds: int, device: torch.device) -> dict:
 # -- Capsules: the layer alone, forward and backward -----------------------------------------------
 
 
-def tiled(u: Tensor, weight: Tensor, iterations: int = 3) -> Tensor:
-    """The most frequent way: W [N, J, D, I] is copied once for each image; products, then sums."""
-    tiles = weight.unsqueeze(0).repeat(len(u), 1, 1, 1, 1)  # [B, N, J, D, I]
-    votes = torch.matmul(tiles, u[:, :, None, :, None]).squeeze(4)  # [B, N, J, D]
+def route(votes: Tensor, iterations: int = 3) -> Tensor:
+    """Routing as most public code has it: votes [B, N, J, D], each sum an einsum -> [B, J, D]."""
     b = votes.new_zeros(votes.shape[:3])
-    for iteration in range(iterations):
-        c = b.softmax(dim=2).unsqueeze(3)  # [B, N, J, 1]
-        v = squash((c * votes).sum(dim=1))  # [B, J, D]
-        if iteration < iterations - 1:
-            b = b + (votes * v.unsqueeze(1)).sum(dim=3)
-    return v
-
-
-def einsum(u: Tensor, weight: Tensor, iterations: int = 3) -> Tensor:
-    """W [N, J, I, D]; each sum an einsum over [B, N, J, D], called [b, i, o, h] elsewhere."""
-    votes = torch.einsum("bni,njid->bnjd", u, weight)
-    b = votes.new_zeros(votes.shape[:3])
-    for iteration in range(iterations):
+    for _ in range(iterations - 1):
         v = squash(torch.einsum("bnj,bnjd->bjd", b.softmax(dim=2), votes))
-        if iteration < iterations - 1:
-            b = b + torch.einsum("bnjd,bjd->bnj", votes, v)
-    return v
+        b = b + torch.einsum("bnjd,bjd->bnj", votes, v)
+    return squash(torch.einsum("bnj,bnjd->bjd", b.softmax(dim=2), votes))
+
+
+def tiled(u: Tensor, weight: Tensor) -> Tensor:
+    """The most frequent way: W [N, J, D, I] is copied once for each image."""
+    tiles = weight.unsqueeze(0).repeat(len(u), 1, 1, 1, 1)  # [B, N, J, D, I]
+    return route(torch.matmul(tiles, u[:, :, None, :, None]).squeeze(4))
+
+
+def einsum(u: Tensor, weight: Tensor) -> Tensor:
+    """The shortest way: W [N, J, I, D] is used where it lies."""
+    return route(torch.einsum("bni,njid->bnjd", u, weight))
 
 
 def formulations(batch_size: int, device, compiled: bool, n: int = N) -> dict:
@@ -123,15 +118,11 @@ def check_same(found: dict) -> None:
 
     In full float32: TF32's 10 bits of mantissa would let them differ by more than is allowed here.
     """
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    try:
-        for run in found.values():
-            for ours, theirs in zip(found["ours"](), run(), strict=True):
-                scale = ours.abs().max().item()
-                torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for run in found.values():
+        for ours, theirs in zip(found["ours"](), run(), strict=True):
+            scale = ours.abs().max().item()
+            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
 
 
 def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
@@ -145,6 +136,8 @@ def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
             train_single.keep_freed_memory()
         found = formulations(2 if quick else 32, device, compiled=not quick)
         check_same(found)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as in training
         times = race(found, 1 if quick else 12, device)
         rows += [{"capsule layer": k, "freed memory": freed, "ms": v} for k, v in times.items()]
     return rows
@@ -180,9 +173,7 @@ def step_of(run: Run, forward: nn.Module, batch_size: int):
 def step_rows(device: torch.device, quick: bool) -> list[dict]:
     """A row for each network, batch size and precision, eager and compiled."""
     half, rows = "fp16" if device.type == "cuda" else "bf16", []
-    kinds = [("fp32", False), (half, False)]
-    if not quick:
-        kinds += [("fp32", True), (half, True)]
+    kinds = list(itertools.product(("fp32", half), (False,) if quick else (False, True)))
     for model, size in itertools.product(MODELS, (2,) if quick else (32, 128)):
         runs = {kind: new_run(model, *kind, device) for kind in kinds}
         steps = {kind: step_of(run, run.model, size) for kind, run in runs.items()}
@@ -195,42 +186,30 @@ def step_rows(device: torch.device, quick: bool) -> list[dict]:
 # -- Data: from stored digits to network input -----------------------------------------------------
 
 
-class OneByOne(Dataset):
+def with_pil(images: Tensor, model) -> Tensor:
     """The usual way: each image is rotated, resized and standardised by itself, with PIL."""
-
-    def __init__(self, images: Tensor, model):
-        turn = transforms.RandomRotation(10, transforms.InterpolationMode.BILINEAR)
-        resize, scale = transforms.Resize(model.side), transforms.ToTensor()
-        steps = transforms.ToPILImage(), turn, resize, scale
-        self.transform = transforms.Compose([*steps, transforms.Normalize(model.mean, model.std)])
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), 0
+    turn = transforms.RandomRotation(10, transforms.InterpolationMode.BILINEAR)
+    steps = transforms.ToPILImage(), turn, transforms.Resize(model.side), transforms.ToTensor()
+    steps = transforms.Compose([*steps, transforms.Normalize(model.mean, model.std)])
+    return torch.stack([steps(image) for image in images])
 
 
 def data_rows(device: torch.device, quick: bool) -> list[dict]:
-    """A row for each network: a batch of ours, rotated as in training, and one of PIL's."""
-    images = torch.randint(0, 256, (10_000, 28, 28), dtype=torch.uint8)
-    rows, size = [], 2 if quick else 32
+    """A row for each network: a batch of 32, rotated as in training, by PIL and by data.py."""
+    images, rows = torch.randint(0, 256, (32, 28, 28), dtype=torch.uint8), []
     for name, model in MODELS.items():
-        ours = DigitBatches(images, torch.zeros(len(images)).long(), model, device, rotate=10)
+        ours = DigitBatches(images, torch.zeros(32).long(), model, device, rotate=10)
         ours.set_epoch(seed=0, epoch=1)
-        ours = iter(DataLoader(ours, size, shuffle=True, collate_fn=as_batch))
-        others = iter(DataLoader(OneByOne(images, model), size, shuffle=True))
-        contestants = {"PIL, ms": partial(next, others), "ours, ms": partial(next, ours)}
-        times = race(contestants, 3 if quick else 15, device)
-        rows.append({"network": name, "batch": size} | times)
+        pil, ours = partial(with_pil, images, model), partial(ours.__getitems__, list(range(32)))
+        times = race({"PIL, ms": pil, "ours, ms": ours}, 1 if quick else 15, device)
+        rows.append({"network": name} | times)
     return rows
 
 
 # -- Scaling: two CPU cores as two devices ---------------------------------------------------------
 
 
-def measure_scaling(rank: int, places: list[int], quick: bool, scratch: str) -> None:
+def measure_scaling(rank: int, cores: list[int], quick: bool, scratch: str) -> None:
     """One of two processes, each with one thread on a core of its own; rank 0 writes the rows.
 
     Three contestants take turns, with 32 images in each step and process: "one" process, while the
@@ -238,7 +217,7 @@ def measure_scaling(rank: int, places: list[int], quick: bool, scratch: str) -> 
     but the machine's memory; and two that train one network by "ddp". What apart loses is the
     machine's doing, what ddp loses beyond that is the price of communication.
     """
-    os.sched_setaffinity(0, {places[rank]})
+    os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     train_single.keep_freed_memory()
     store = dist.FileStore(f"{scratch}/store", 2)
@@ -270,8 +249,12 @@ def measure_scaling(rank: int, places: list[int], quick: bool, scratch: str) -> 
 
 def scaling_rows(device: torch.device, quick: bool) -> list[dict]:
     """A row for each network and precision: each contestant's images/s, round by round."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if device.type != "cpu" or len(cores) < 2:
+        print("scaling needs --device cpu, Linux and two cores: not measured")
+        return []
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(measure_scaling, (cores(), quick, scratch), nprocs=2)
+        torch.multiprocessing.spawn(measure_scaling, (cores, quick, scratch), nprocs=2)
         return json.loads(Path(scratch, "rows.json").read_text())
 
 
@@ -280,26 +263,18 @@ def scaling_rows(device: torch.device, quick: bool) -> list[dict]:
 PARTS = {"capsules": capsule_rows, "steps": step_rows, "data": data_rows, "scaling": scaling_rows}
 
 
-def cores() -> list[int]:
-    """The numbers of the CPU cores that this process may use; none where no process can be pinned."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
 def hardware(device: torch.device) -> str:
     """What the figures hold for: the processor's name and its cores, or the GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError, StopIteration):  # not Linux, or a processor without a name
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-        return f"{name}, {len(cores())} cores"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")  # Linux alone has it
+    names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--only", choices=PARTS, help="measure one part")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny and uncompiled, to try it out")
@@ -312,22 +287,16 @@ def main() -> None:
     path = (flags.out or Path(__file__).parent) / f"speed-{device.type}.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     torch.manual_seed(0)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as in training: TF32
     for part in [flags.only] if flags.only else PARTS:
-        if part == "scaling" and (device.type != "cpu" or len(cores()) < 2):
-            print("scaling needs --device cpu, Linux and two cores: not measured")
-            continue
         print(f"measuring: {part} ...", flush=True)
         rows = PARTS[part](device, flags.quick)
         result[part] = {"hardware": hardware(device), "torch": torch.__version__, "rows": rows}
+        if flags.out or not flags.quick:  # toy figures must not replace measured ones
+            path.parent.mkdir(parents=True, exist_ok=True)
+            train_single.write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     from results.tables import speed_text  # here: scaling's two processes need no plots
 
     print(speed_text(result))
-    if flags.out or not flags.quick:  # toy figures must not replace measured ones
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_single.write_file(path, (json.dumps(result, indent=1) + "\n").encode())
-        print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The baseline: each network's convolutions without capsules. Do capsules earn their cost?
 
-    python -m results.plain train_single.py --model plain-alexcaps
-    python -m results.plain train_ddp.py --model plain-rescaps --precision fp32
-    python -m results.plain evaluate.py runs/plain-alexcaps-single
+    python -m results.plain train_single.py --model plain-alexcaps        as the script itself
+    python -m results.plain train_ddp.py --model plain-rescaps --seed 1   would; then evaluate:
+    python -m results.plain evaluate.py runs/plain-alexcaps-single        writes report.json
 
-These are the scripts themselves, loop, data, seeds and all, with two networks more. What is left
-out is what makes a network one of capsules: squash, votes, routing and margin loss. One linear
-layer and cross-entropy stand in their place.
+The loop, the data and the seeds are the scripts' own. Left out is what makes a network one of
+capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy stand in their place.
 """
+
+import json
+import sys
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -16,11 +19,12 @@ import train_ddp
 import train_single
 from alexcaps import AlexCapsNet
 from capsules import at_least_float32
+from data import UserError, load
 from rescaps import ResCapsNet
 
 
 class WithoutCapsules(nn.Module):
-    """Stands before a capsule network as a base class, and takes the capsules from it.
+    """A base class that stands before a capsule network, and takes the capsules from it.
 
     The convolutions, the primary capsules' included, are the network's own and start with its own
     weights. ReLU stands for squash. [B, 1, side, side] -> ten scores, logits [B, 10].
@@ -44,13 +48,39 @@ class PlainResNet(WithoutCapsules, ResCapsNet):
     """ResCapsNet's convolutions and a linear layer."""
 
 
-def take_part() -> None:
-    """Add the two networks to the scripts, whose scores and loss become those of a plain network.
+NETWORKS = {"plain-alexcaps": PlainAlexNet, "plain-rescaps": PlainResNet}
+SCORES, LOSS = at_least_float32, nn.functional.cross_entropy  # of logits; a loss needs 32 bits
 
-    The scripts look both functions up by these names, in each step. Float32 is for logits what it
-    is for lengths: bfloat16 has too few digits for a loss.
-    """
-    train_single.MODELS |= {"plain-alexcaps": PlainAlexNet, "plain-rescaps": PlainResNet}
-    for script in (train_single, train_ddp, evaluate):
-        script.capsule_lengths = at_least_float32
-        script.margin_loss = nn.functional.cross_entropy
+
+def write_report() -> None:
+    """report.json of the run that the command line names: what evaluate.py says, but of routing."""
+    if len(sys.argv) != 2:
+        raise UserError("give the folder of one run")
+    run = evaluate.read_run(Path(sys.argv[1]))
+    config, best = run["config"], run["best"]
+    images, labels = load(config["dataset"], config["data_dir"], "test")
+    model = evaluate.load_network(run, train_single.find_device(None))
+    report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
+    report["parameters"] = sum(p.numel() for p in model.parameters())
+    report["flops_per_image"] = evaluate.count_flops(model)
+    scores = evaluate.predict(model, images, scores=SCORES)
+    report |= evaluate.classification_metrics(scores.numpy(), labels.numpy())
+    report["rotation"] = evaluate.rotation_accuracy(model, images, labels, SCORES)
+    train_single.write_file(run["folder"] / "report.json", json.dumps(report).encode())
+    print(f"test accuracy {report['accuracy']:.2f} %, {report['errors']} errors")
+
+
+def main() -> None:
+    scripts = {"train_single.py": train_single.main, "train_ddp.py": train_ddp.main}
+    scripts["evaluate.py"] = write_report
+    if len(sys.argv) < 2 or sys.argv[1] not in scripts:
+        raise UserError(f"first name a script: {', '.join(scripts)}")
+    train_single.MODELS.clear()  # the others' scores and loss are replaced below
+    train_single.MODELS.update(NETWORKS)
+    for script in (train_single, train_ddp):  # the loops look both up by these names in each step
+        script.capsule_lengths, script.margin_loss = SCORES, LOSS
+    scripts[sys.argv.pop(1)]()
+
+
+if __name__ == "__main__":
+    train_single.run_main(main, quiet=train_ddp.RANK > 0)

@@ -5,35 +5,33 @@
     python -m results.tables runs/ablation/*              (they go into results/ablation/)
 
 Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row.
-Written are results/README.md with the wide tables; two short ones in README.md, each between
-<!-- results: NAME --> and <!-- end -->; comparison.md, .csv and .png; the pictures of each run kept
-for seed 0. Nothing of all this is written by hand.
+Written are the tables in README.md and results/README.md, each between <!-- results: NAME --> and
+<!-- end -->; comparison.md, .csv and .png; and the pictures of each run that has its lengths.npy
+here. None of this is written by hand.
 
 Every difference comes with its 95 % interval, and a claim of the report is undecided where that
 interval contains a bound of "agree if".
 """
 
+import argparse
 import csv
-import io
 import json
 import math
 import re
-import shutil
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
+import numpy as np
 from scipy import stats
 
 import evaluate
-from data import UserError
-from train_single import write_file
+from data import UserError, load
+from results import plain
+from train_single import MODELS, run_main, write_file
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-NETWORKS = {"alexcaps": "AlexCapsNet", "rescaps": "ResCapsNet"}
 SETUPS = ("single", "ddp")  # trained by which script
 # THE REPORT'S figures, not ours: test accuracy in percent and epochs; parameters of its own code
 REPORT = {
@@ -105,6 +103,12 @@ def ratio(label: str, first: list[float], second: list[float]) -> Estimate:
     return Estimate(label, value, value, value, f"{n}, no interval")
 
 
+def efficiency(row: dict, contestant: str) -> Estimate:
+    """Speed of two processes on two devices over twice that of one; the interval is over rounds."""
+    shares = [two / (2 * one) for one, two in zip(row["one"], row[contestant], strict=True)]
+    return Estimate(row["precision"], *of_mean(shares), f"{len(shares)} rounds")
+
+
 def written(estimate: Estimate, form: str, unit: str = "") -> str:
     """+0.46 points (+0.11 to +0.80)"""
     text = f"{estimate.value:{form}}{unit}"
@@ -124,205 +128,166 @@ def verdict(estimates: list[Estimate], least: float, most: float) -> str:
             said.add("undecided")
         else:
             said.add("agree" if least < value < most else "disagree")
-    for word in ("disagree", "undecided", "agree"):  # one "disagree" is enough
-        if word in said:
-            return word
-    return "not measured"
+    order = ("disagree", "undecided", "agree")  # one "disagree" is enough
+    return next((word for word in order if word in said), "not measured")
 
 
 # -- The report's claims ---------------------------------------------------------------------------
 
-# A claim holds where its metric lies within least..most.
-CLAIMS = """
-key;claim;metric;least;most;form;unit
-fast;AlexCapsNet converges faster;validation after epoch 1, AlexCapsNet's - ResCapsNet's;0;inf;+.2f; points
-end;ResCapsNet ends slightly more accurate;test, ResCapsNet's - AlexCapsNet's;0.1;2;+.2f; points
-alexcaps;AlexCapsNet: tens of millions of weights;parameters in the report's code;1e7;1e8;,.0f;
-rescaps;ResCapsNet: a few million weights;parameters in the report's code;1e6;1e7;,.0f;
-time;AlexCapsNet is about 2x slower per epoch;fastest epoch, AlexCapsNet's / ResCapsNet's;1.5;2.5;.2f;x
-alexcaps ddp;DDP helps AlexCapsNet significantly;speed-up / processes, a CPU core each;0.75;inf;.2f;
-rescaps ddp;DDP helps ResCapsNet moderately;speed-up / processes, a CPU core each;0.55;0.75;.2f;
-ddp;both do well under DDP;test, DDP's - one device's;-0.3;inf;+.2f; points
-scarce;ResCapsNet suits scarce resources;its FLOPs and seconds / AlexCapsNet's;0;1;.2f;x
-"""
-
 
 def judge(claim: dict, estimates: list[Estimate]) -> dict:
-    """A row of CLAIMS with its verdict, its figures, and those of the estimate that decides."""
-    form, unit, least, most = claim["form"], claim["unit"], claim["least"], claim["most"]
-    bounds = float(least), float(most)
-    answer = verdict(estimates, *bounds)
-    texts = [f"{e.label}: {written(e, form, unit)}" for e in estimates]
-    deciding = [verdict([e], *bounds) for e in estimates].index(answer) if estimates else 0
-    figures = {
-        "agree if": f"above {least}{unit}" if most == "inf" else f"{least} to {most}{unit}",
+    """A row of claims.csv with its verdict, its figures, and those of the estimate that decides.
+
+    A claim holds where what its row calls the metric lies within least..most.
+    """
+    form, unit, least, most = (claim[name] for name in ("form", "unit", "least", "most"))
+    least, most = float(least), float(most)
+    answer = verdict(estimates, least, most)
+    texts = {f"{e.label}: {written(e, form, unit)}": e for e in estimates}
+    deciding = [text for text, e in texts.items() if verdict([e], least, most) == answer]
+    upper = "" if most == math.inf else f" to {most:{form}}"
+    return claim | {
+        "agree if": f"from {least:{form}}{upper}{unit}",
         "measured": "; ".join(texts),
         "n": "; ".join(dict.fromkeys(e.n for e in estimates if e.n)),
-        "short": texts[deciding] if estimates else "",
+        "short": deciding[0] if deciding else "",
+        "verdict": answer,
     }
-    return claim | figures | {"verdict": answer}
 
 
-def alike(names: tuple[str, ...], *groups: list[dict]) -> bool:
-    """Whether each group has runs, and all runs have the same settings of these names."""
-    settings = {tuple(run["config"][k] for k in names) for group in groups for run in group}
-    return all(groups) and len(settings) == 1
+def alike(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
+    """Whether both rows are there and have the same settings of these names."""
+    return bool(a and b) and all(a[name] == b[name] for name in names)
 
 
-def tested(runs: list[dict]) -> list[float]:
-    """Test accuracies in percent."""
-    return [run["report"]["accuracy"] for run in runs]
-
-
-def validated(runs: list[dict]) -> list[float]:
-    """Validation accuracies in percent, of the epoch that is kept."""
-    return [max(row["val_accuracy"] for row in run["history"]) for run in runs]
-
-
-def turned(runs: list[dict], angle: int) -> list[float]:
-    """Accuracies on 1,000 test digits, turned by this angle to the one side and to the other."""
-    found = [run["report"]["rotation"]["accuracy"] for run in runs]
-    return [(at[str(angle)] + at[str(-angle)]) / 2 for at in found]
-
-
-def fastest(runs: list[dict]) -> list[float]:
-    """Seconds of each run's fastest epoch: other work on the machine disturbed it least."""
-    return [min(row["seconds"] for row in run["history"]) for run in runs]
-
-
-def efficiency(row: dict, contestant: str) -> Estimate:
-    """Speed of two processes on two devices over twice that of one; the interval is over rounds."""
-    shares = [two / (2 * one) for one, two in zip(row["one"], row[contestant], strict=True)]
-    return Estimate(row["precision"], *of_mean(shares), f"{len(shares)} rounds")
-
-
-def judged_claims(kept: dict[str, list[dict]], scaling: list[dict]) -> list[dict]:
-    """The report's claims, judged by the four setups that are kept, and by benchmark.py's rows."""
-    found, recipe = defaultdict(list), ("train_images", "effective_batch", "precision")
+def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
+    """The report's claims, judged by the rows of the four setups and by benchmark.py's scaling."""
+    found, recipe = defaultdict(list), ("train_images", "world_size", "batch_size", "precision")
     for script in SETUPS:
-        alex, res = (kept.get(f"{network}-{script}", []) for network in NETWORKS)
+        alex, res = (kept.get(f"{network}-{script}") for network in REPORT_PARAMETERS)
         if alike(recipe, alex, res):
-            first = ([r["history"][0]["val_accuracy"] for r in runs] for runs in (alex, res))
-            found["fast"].append(points(script, *first, images=5_000))
+            one = [[r["history"][0]["val_accuracy"] for r in row["runs"]] for row in (alex, res)]
+            found["fast"].append(points(script, *one, images=5_000))
         if alike((*recipe, "epochs"), alex, res):
-            found["end"].append(points(script, tested(res), tested(alex), images=10_000))
-        if alike((*recipe, "hardware", "world_size"), alex, res):
-            found["time"].append(ratio(script, fastest(alex), fastest(res)))
-            flops = [runs[0]["report"]["flops_per_image"] for runs in (res, alex)]
-            found["scarce"].append(ratio(f"{script}, FLOPs", flops[:1], flops[1:]))
-            found["scarce"].append(ratio(f"{script}, seconds", fastest(res), fastest(alex)))
-    for network, name in NETWORKS.items():
-        one, many = (kept.get(f"{network}-{script}", []) for script in SETUPS)
+            tests = res["values"]["accuracy"], alex["values"]["accuracy"]
+            found["end"].append(points(script, *tests, images=10_000))
+        if alike((*recipe, "hardware"), alex, res):
+            times = alex["values"]["seconds"], res["values"]["seconds"]
+            found["time"].append(ratio(script, *times))
+            flops = [res["flops_per_image"]], [alex["flops_per_image"]]
+            found["scarce"].append(ratio(f"{script}, FLOPs", *flops))
+            found["scarce"].append(ratio(f"{script}, seconds", *times[::-1]))
+    for network, size in REPORT_PARAMETERS.items():
+        one, many = (kept.get(f"{network}-{script}") for script in SETUPS)
         if alike(("train_images", "epochs"), one, many):
-            found["ddp"].append(points(name[:4], tested(many), tested(one), images=10_000))
-        size = REPORT_PARAMETERS[network]
+            tests = many["values"]["accuracy"], one["values"]["accuracy"]
+            found["ddp"].append(points(network, *tests, images=10_000))
         found[network].append(Estimate("its code", size, size, size, ""))
     for row in scaling:
         if row["precision"] == "bf16":  # the report's DDP runs are in half precision, too
             found[f"{row['network']} ddp"].append(efficiency(row, "ddp"))
-    claims = csv.DictReader(io.StringIO(CLAIMS.strip()), delimiter=";")
+    claims = csv.DictReader((HERE / "claims.csv").read_text().splitlines())
     return [judge(claim, found[claim["key"]]) for claim in claims]
 
 
 # -- Tables ----------------------------------------------------------------------------------------
 
 
-def kept_runs(folder: Path) -> dict[str, list[dict]]:
-    """Runs kept in a folder by name without -seedN; only the longest of a name. {name: runs}"""
-    found = defaultdict(list)
+def read(folder: Path) -> dict:
+    """A run of any network with its report; evaluate.read_run asks for couplings in it."""
+    try:
+        config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
+        lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+        history = [{k: float(v) for k, v in line.items()} for line in lines]
+        report = json.loads((folder / "report.json").read_text())
+        best = max(history, key=lambda row: row["val_accuracy"])
+        if report["kept_epoch"] != best["epoch"]:
+            raise ValueError("its report is of another epoch")
+    except evaluate.WRONG as error:
+        raise UserError(f"{folder}: {error}; run evaluate.py on it first") from None
+    config["epochs"] = len(history)  # those that are finished
+    return {"folder": folder, "config": config, "history": history, "best": best, "report": report}
+
+
+def kept_rows(folder: Path) -> dict[str, dict]:
+    """Runs kept in a folder as rows (evaluate.make_rows), by name without -seedN; the longest."""
+    found, rows = defaultdict(list), {}
     for path in sorted(folder.glob("*/config.json")):
-        run = evaluate.read_run(path.parent)
-        run["config"]["epochs"] = len(run["history"])  # those that are finished
-        found[re.sub(r"-seed\d+$", "", path.parent.name)].append(run)
+        found[re.sub(r"-seed\d+$", "", path.parent.name)].append(read(path.parent))
     for name, runs in found.items():
-        most = max(run["config"]["epochs"] for run in runs)
-        found[name] = [run for run in runs if run["config"]["epochs"] == most]
-    return dict(found)
+        rows[name] = max(evaluate.make_rows(runs), key=lambda row: (row["epochs"], row["n"]))
+    return rows
 
 
-def table(rows: list[dict], names: tuple[str, ...] = ()) -> str:
+def table(rows: list[dict], *names: str) -> str:
     """Rows {heading: cell} as Markdown, or these columns of them; numbers get four digits."""
+    if not rows:
+        return "not measured\n"
     names = names or tuple(rows[0])
     cells = [[row[name] for name in names] for row in rows]
     texts = [[f"{x:,.4g}" if isinstance(x, float) else str(x) for x in line] for line in cells]
     return evaluate.markdown_table(names, texts)
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """Mean ± standard deviation over seeds."""
-    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{deviation}"
+def spread(row: dict, name: str) -> str:
+    """A row's mean ± standard deviation over seeds."""
+    deviation = row[f"{name}_std"]
+    return f"{row[name]:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
-def headline(kept: dict[str, list[dict]]) -> str:
+def headline(kept: dict[str, dict]) -> str:
     """Four rows: the report's figure and ours."""
     rows = []
     for setup, (stated, epochs) in REPORT.items():
         network, script = setup.split("-")
-        row = {"network": NETWORKS[network], "trained by": f"train_{script}.py"}
+        row = {"network": MODELS[network].__name__, "trained by": f"train_{script}.py"}
         row |= {"the report, %": f"{stated:.2f}", "its epochs": epochs}
-        runs, ours = kept.get(setup, []), ("", "", "")
-        if runs:
-            ours = spread(tested(runs)), runs[0]["config"]["epochs"], len(runs)
-        rows.append(row | dict(zip(("**ours, %**", "epochs", "n"), ours, strict=True)))
+        ours = kept.get(setup, {"epochs": "", "n": 0})
+        row["**ours, %**"] = spread(ours, "accuracy") if ours["n"] else ""
+        rows.append(row | {"epochs": ours["epochs"], "n": ours["n"]})
     return table(rows)
 
 
-def run_rows(kept: dict[str, list[dict]]) -> tuple[list[dict], list[dict]]:
+def run_table(kept: dict[str, dict]) -> str:
     """What the runs of each name achieve, and what they cost.
 
     The interval is over seeds, or, of a single run, over images (Wilson).
     """
-    achieved, cost = [], []
-    for name, runs in kept.items():
-        config, report, seconds = runs[0]["config"], runs[0]["report"], median(fastest(runs))
-        low, high = of_mean(tested(runs))[1:] if len(runs) > 1 else report["interval_95"]
-        row = {"run": name, "precision": config["precision"], "batch": config["effective_batch"]}
-        row |= {
-            "epochs": config["epochs"],
-            "n": len(runs),
-            "validation, %": spread(validated(runs)),
+    rows = []
+    for name, row in kept.items():
+        low, high = row["runs"][0]["report"]["interval_95"]
+        if row["n"] > 1:
+            _, low, high = of_mean(row["values"]["accuracy"])
+        batch = row["batch_size"] * row["accumulation_steps"] * row["world_size"]
+        cells = {"run": name, "precision": row["precision"], "batch": batch}
+        cells |= {
+            "epochs": row["epochs"],
+            "n": row["n"],
+            "validation, %": spread(row, "val_accuracy"),
         }
-        row |= {"**test, %**": spread(tested(runs)), "95 %": f"{low:.2f} to {high:.2f}"}
-        achieved.append(row)
-        row = {"run": name, "hardware": config["hardware"], "processes": config["world_size"]}
-        row |= {"parameters": f"{report['parameters']:,}", "seconds an epoch": f"{seconds:,.1f}"}
-        row |= {"MFLOPs an image": f"{report['flops_per_image'] / 1e6:,.0f}"}
-        cost.append(row | {"images/s": config["train_images"] / seconds})
-    return achieved, cost
+        cells |= {"**test, %**": spread(row, "accuracy"), "95 %": f"{low:.2f} to {high:.2f}"}
+        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "hardware": row["hardware"]}
+        cells |= {"seconds an epoch": row["seconds"], "parameters": f"{row['parameters']:,}"}
+        rows.append(cells)
+    return table(rows)
 
 
-def ablation_rows(kept: dict[str, list[dict]]) -> tuple[list[dict], list[dict]]:
+def ablation_tables(kept: dict[str, dict]) -> dict[str, str]:
     """One change at a time: accuracies, and how they differ from the first row's, "baseline"."""
-    figures = {"validation": (validated, 5_000), "test": (tested, 10_000)}
-    figures |= {f"turned by ±{a}°": (partial(turned, angle=a), 2_000) for a in (15, 30, 45)}
-    values, differences, base = [], [], kept["baseline"]
+    images = {"val_accuracy": 5_000, "accuracy": 10_000}  # and 1,000, turned to either side
+    images |= {"turned_15": 2_000, "turned_30": 2_000, "turned_45": 2_000}
+    base, values, gaps = kept.get("baseline"), [], []
     for name in sorted(kept, key=lambda name: (name != "baseline", len(name), name)):
-        runs = kept[name]
-        start = {"changed": changed(runs[0]["config"], base[0]["config"]), "n": len(runs)}
-        values.append(start | {k: spread(f(runs)) for k, (f, _) in figures.items()})
-        if runs is not base:
-            gaps = {k: points("", f(runs), f(base), n) for k, (f, n) in figures.items()}
-            differences.append(start | {k: written(gap, "+.2f") for k, gap in gaps.items()})
-    return values, differences
-
-
-def changed(config: dict, usual: dict) -> str:
-    """What a run does otherwise than the usual one, as flags."""
-    names = ("model", "accumulation_steps", "lr", "rotate", "shift", "routing_iterations")
-    flags = [f"--{k.replace('_', '-')} {config[k]}" for k in names if config[k] != usual[k]]
-    return f"`{' '.join(flags)}`" if flags else "nothing"
-
-
-def speed_text(speed: dict) -> str:
-    """What benchmark.py measured, part by part."""
-    parts = []
-    for part, found in speed.items():
-        rows = found["rows"]
-        if part == "scaling":
-            rows = [scaling_row(row) for row in rows]
-        parts.append(f"{part} ({found['hardware']}, PyTorch {found['torch']}):\n\n{table(rows)}")
-    return "\n".join(parts)
+        row = kept[name]
+        varied = [k for k in ("model", *evaluate.USUAL) if row[k] != base[k]]
+        flags = [f"--{k.replace('_', '-')} {row[k]}" for k in varied]
+        start = {"changed": " ".join(flags) or "nothing", "n": row["n"]}
+        values.append(start | {figure: spread(row, figure) for figure in images})
+        if flags:
+            pairs = {k: (row["values"][k], base["values"][k], n) for k, n in images.items()}
+            found = {k: points(k, *pair) for k, pair in pairs.items()}
+            gaps.append(start | {k: written(gap, "+.2f") for k, gap in found.items()})
+    return {"ablation": table(values), "differences": table(gaps)}
 
 
 def scaling_row(row: dict) -> dict:
@@ -332,54 +297,115 @@ def scaling_row(row: dict) -> dict:
     return {"network": row["network"], "precision": row["precision"]} | speeds | shares
 
 
-def sooner_rows(stored: dict, kept: dict[str, list[dict]]) -> list[dict]:
-    """The report's code and ours to the same accuracy; ours: epochs needed x the fastest epoch."""
+def speed_text(speed: dict) -> str:
+    """What benchmark.py measured, part by part."""
+    text = ""
+    for part, found in speed.items():
+        rows = [scaling_row(row) if part == "scaling" else row for row in found["rows"]]
+        text += f"*{part}*: {found['hardware']}, PyTorch {found['torch']}\n\n{table(rows)}\n"
+    return text
+
+
+def sooner_rows(stored: list[dict], kept: dict[str, dict]) -> list[dict]:
+    """The report's code and ours to an accuracy; our seconds: the epochs it took x the fastest."""
     rows = []
-    for row in stored["time_to_accuracy"]["rows"]:
-        ours = []
-        for run, seconds in zip(kept[row["ours"]], fastest(kept[row["ours"]]), strict=True):
-            reached = [
-                e["epoch"] for e in run["history"] if e["val_accuracy"] >= row["accuracy, %"]
-            ]
-            ours.append(min(reached, default=math.inf) * seconds)
-        rows.append(
-            row | {"our seconds": median(ours), "times sooner": row["seconds"] / median(ours)}
-        )
+    for row in stored:
+        run = kept[row["ours"]]["runs"][0]
+        epochs = [e["epoch"] for e in run["history"] if e["val_accuracy"] >= row["accuracy, %"]]
+        seconds = min(epochs) * min(epoch["seconds"] for epoch in run["history"])
+        rows.append(row | {"our seconds": seconds, "times sooner": row["its seconds"] / seconds})
     return rows
 
 
-# -- Keeping and writing ---------------------------------------------------------------------------
+def pages() -> dict[Path, str]:
+    """Both pages as they must be: their text, and between the markers what is kept here."""
+    kept = kept_rows(HERE)
+    speeds = [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"))]
+    scaling = [row for speed in speeds for row in speed.get("scaling", {"rows": []})["rows"]]
+    claims = judged_claims(kept, scaling)
+    theirs = json.loads((HERE / "report-code-cpu.json").read_text())
+    wide = ("the report says", "metric", "agree if", "measured", "n", "verdict")
+    short = [row | {"measured": row["short"]} for row in claims]
+    short = table(short, "the report says", "measured", "verdict")
+    tables = {"runs": run_table(kept), "claims": table(claims, *wide)}
+    tables |= ablation_tables(kept_rows(HERE / "ablation"))
+    tables["speed"] = "\n".join(speed_text(speed) for speed in speeds)
+    tables["sooner"] = table(sooner_rows(theirs["to an accuracy"], kept))
+    tables["report-code"] = table(theirs["rows"], *theirs["columns"])
+    front, here = HERE.parent / "README.md", HERE / "README.md"
+    own = {"headline": headline(kept), "claims": short}
+    return {front: fill(front, own), here: fill(here, tables)}
+
+
+def fill(page: Path, tables: dict[str, str]) -> str:
+    """The text of a page with each table between its markers."""
+    text = page.read_text()
+    for name, lines in tables.items():
+        start, end = f"<!-- results: {name} -->", "<!-- end -->"
+        if text.count(start) != 1:
+            raise UserError(f"{page} has {text.count(start)} places for the table {name!r}")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n\n{lines.strip()}\n\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+# -- Keeping runs ----------------------------------------------------------------------------------
 
 
 def place(run: dict, overwrite: bool) -> Path:
     """Where a run will be kept; UserError if it may not be."""
     folder, config = run["folder"].absolute(), run["config"]
     target = HERE / ("ablation" if folder.parent.name == "ablation" else "") / folder.name
-    if config["dataset"] != "mnist" or not run["report"]:
-        raise UserError(f"{folder}: only runs on MNIST that evaluate.py has seen can be kept")
+    if config["dataset"] != "mnist":
+        raise UserError(f"{folder} is not of MNIST: it cannot stand beside the report's figures")
     if (target / "config.json").exists() and not overwrite:
-        before = evaluate.read_run(target)
-        sizes = [(len(r["history"]), r["config"]["train_images"]) for r in (run, before)]
-        if sizes[0][0] < sizes[1][0] or sizes[0][1] < sizes[1][1]:
-            raise UserError(f"{target} is a longer or larger run: --overwrite replaces it")
+        before = read(target)["config"]
+        if any(config[size] < before[size] for size in ("epochs", "train_images")):
+            raise UserError(f"{target} is longer or larger than {folder}: --overwrite replaces it")
     return target
 
 
 def keep(run: dict, target: Path) -> None:
-    """Copy what stays of a run, without the folder where its data lay."""
+    """Copy what stays of a run, without the path where its data lay."""
     target.mkdir(exist_ok=True, parents=True)
-    for name in ("metrics.csv", "report.json"):
-        shutil.copy(run["folder"] / name, target / name)
     config = json.dumps(run["config"] | {"data_dir": "data"}, indent=2)
     write_file(target / "config.json", f"{config}\n".encode())
+    for name in ("metrics.csv", "report.json"):
+        write_file(target / name, (run["folder"] / name).read_bytes())
+    lengths = run["folder"] / "lengths.npy"  # 200 kB, for the pictures
+    if lengths.exists() and run["config"]["seed"] == 0 and target.parent == HERE:
+        write_file(target / lengths.name, lengths.read_bytes())
 
 
-def fill(text: str, tables: dict[str, str]) -> str:
-    """The README's text with each table between its markers."""
-    for name, table in tables.items():
-        start, end = f"<!-- results: {name} -->", "<!-- end -->"
-        if text.count(start) != 1:
-            raise UserError(f"README.md has {text.count(start)} places for the table {name!r}")
-        before, rest = text.split(start)
-        text = f"{before}{start}\n\n{table}\n{end}{rest.split(end, 1)[1]}"
-    return text
+def draw(kept: dict[str, dict], data_dir: str) -> None:
+    """The pictures of all runs with lengths.npy here, with a plain CNN's line where it is kept."""
+    images, labels = load("mnist", data_dir, "test")
+    for name, row in kept.items():
+        run, other = row["runs"][0], kept.get(f"plain-{name}")
+        angles = evaluate.at_angles(other["runs"][0]["report"]) if other else None
+        if (run["folder"] / "lengths.npy").exists():
+            lengths = np.load(run["folder"] / "lengths.npy")
+            evaluate.draw_all(run, lengths, images, labels, run["folder"], angles)
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="keep this run first")
+    parser.add_argument("--overwrite", action="store_true", help="replace longer kept runs, too")
+    parser.add_argument("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
+    flags = parser.parse_args()
+    MODELS.update(plain.NETWORKS)
+    runs = [read(folder) for folder in flags.runs]
+    places = [place(run, flags.overwrite) for run in runs]  # all are checked before one is copied
+    for run, target in zip(runs, places, strict=True):
+        keep(run, target)
+    for page, text in pages().items():
+        write_file(page, text.encode())
+    kept = kept_rows(HERE)
+    evaluate.compare([run for row in kept.values() for run in row["runs"]], flags, HERE)
+    draw(kept, flags.data_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)
