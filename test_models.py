@@ -1852,6 +1852,8 @@ def test_a_plain_network_is_trained_and_evaluated_by_the_scripts(tmp_path, capsy
     report = json.loads((run / "report.json").read_text())
     wrong = (scores["test"][0].argmax(dim=1) != scores["test"][1]).sum().item()
     assert report["errors"] == wrong and report["test_images"] == 360
+    auc = metrics.roc_auc_score(np.eye(10)[scores["test"][1]], scores["test"][0], average=None)
+    assert report["auc"] == pytest.approx(auc, abs=1e-4)
     assert report["parameters"] == sum(p.numel() for p in net.parameters())
     assert len(report["rotation"]["accuracy"]) == 13 and "coupling_to_true" not in report
     assert_one_line(
