@@ -205,7 +205,6 @@ def read(folder: Path) -> dict:
             raise ValueError("its report is of another epoch")
     except evaluate.WRONG as error:
         raise UserError(f"{folder}: {error}; run evaluate.py on it first") from None
-    config["epochs"] = len(history)  # those that are finished
     return {"folder": folder, "config": config, "history": history, "best": best, "report": report}
 
 
@@ -356,8 +355,8 @@ def place(run: dict, overwrite: bool) -> Path:
     """Where a run will be kept; UserError if it may not be."""
     folder, config = run["folder"].absolute(), run["config"]
     target = HERE / ("ablation" if folder.parent.name == "ablation" else "") / folder.name
-    if config["dataset"] != "mnist":
-        raise UserError(f"{folder} is not of MNIST: it cannot stand beside the report's figures")
+    if config["dataset"] != "mnist" or len(run["history"]) < config["epochs"]:
+        raise UserError(f"{folder} is not of MNIST, or not finished: it cannot be kept")
     if (target / "config.json").exists() and not overwrite:
         before = read(target)["config"]
         if any(config[size] < before[size] for size in ("epochs", "train_images")):
