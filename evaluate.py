@@ -7,7 +7,6 @@
 Files go to the run's folder, or to runs/comparison, where runs that differ only
 in --seed are one row. A run without best.pt is drawn anew from its report.json
 and lengths.npy. On 2 CPU cores a run on MNIST takes half a minute to a few.
-Five parts: one run's figures, several runs, pictures, your own digits, main.
 """
 
 import argparse
@@ -134,16 +133,14 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last).eval()  # [B, H, W, C]: faster
 
 
-def measure(run: dict, model: nn.Module, images: Tensor, labels: Tensor) -> tuple:
-    """All figures of a run, for report.json, and the lengths [n, 10] of the test digits."""
-    best, lengths = run["best"], predict(model, images).numpy()
+def measure(run: dict, model, images: Tensor, labels: Tensor, scores=capsule_lengths) -> tuple:
+    """The figures of any network, for report.json, and its scores [n, 10] of the test digits."""
+    best, predicted = run["best"], predict(model, images, scores=scores).numpy()
     report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
     report["parameters"] = sum(p.numel() for p in model.parameters())
     report["flops_per_image"] = count_flops(model)
-    report |= classification_metrics(lengths, labels.numpy())
-    report["rotation"] = rotation_accuracy(model, images, labels)
-    chosen, places = first_of_each_class(labels, ROUTED), PLACES[run["config"]["model"]]
-    return report | routing_summary(model, images[chosen], labels[chosen], places), lengths
+    report |= classification_metrics(predicted, labels.numpy())
+    return report | {"rotation": rotation_accuracy(model, images, labels, scores)}, predicted
 
 
 def report_text(run: dict) -> str:
@@ -552,7 +549,10 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
     except (*WRONG, EOFError, AttributeError) as error:
         raise UserError(f"{folder} cannot be drawn: {error}") from None
     if (folder / "best.pt").exists():
-        run["report"], lengths = measure(run, load_network(run, args.device), images, labels)
+        model, chosen = load_network(run, args.device), first_of_each_class(labels, ROUTED)
+        run["report"], lengths = measure(run, model, images, labels)
+        places = PLACES[config["model"]]
+        run["report"] |= routing_summary(model, images[chosen], labels[chosen], places)
     print(report_text(run))
     write_file(out / "report.json", json.dumps(run["report"]).replace(', "', ',\n "').encode())
     short, buffer = lengths.astype(np.float16), io.BytesIO()  # 200 kB, unless two lengths become

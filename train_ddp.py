@@ -116,7 +116,7 @@ def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
 def summed(sums: Tensor) -> Tensor:
     """DDP: a copy, added up over all ranks; every rank gets the same bits."""
     total = sums.clone()
-    dist.all_reduce(total)  # three numbers or five: the time is that of the slowest rank
+    dist.all_reduce(total)  # waits for the slowest rank
     return total
 
 
@@ -193,7 +193,7 @@ def plan(parser, lasting: dist.Store) -> tuple:
     if lasting.check(["run folder"]):  # DDP: torchrun has restarted us, and the run was begun
         sys.argv[1:] = ["--resume", lasting.get("run folder").decode()]
     fixed = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder, checkpoint, may_hold_run = train_single.read_command(parser, fixed)
+    config, folder, resume, may_hold_run = train_single.read_command(parser, fixed)
     if config["device"] not in ("cpu", "cuda"):
         raise UserError(f"--device {config['device']}: each rank takes its own; give cpu or cuda")
     on_cpu = config["device"] == "cpu"
@@ -202,7 +202,7 @@ def plan(parser, lasting: dist.Store) -> tuple:
         raise UserError("--precision fp16 needs a GPU: on the CPU use bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
         raise UserError("--sync-bn needs GPUs, and does not go with --compile")
-    return config, str(folder), checkpoint is not None, may_hold_run
+    return config, str(folder), resume, may_hold_run
 
 
 def pick_device(config: dict) -> torch.device:

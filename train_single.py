@@ -335,7 +335,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
          help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
     flag("--data-dir", type=path, metavar="DIR", default="data", help="holds MNIST/raw (data)")
-    flag("--epochs", type=count, metavar="N", default=20, help="over the training images (20)")
+    flag("--epochs", type=count, metavar="N", default=20, help="passes over the images (20)")
     flag("--batch-size", type=count, metavar="N", default=32, help="per step and process (32)")
     flag("--lr", type=rate, default=1e-3, help="of Adam, times 0.7 every 2 epochs (0.001)")
     flag("--routing-iterations", type=count, metavar="N", default=3, help="of capsules (3)")
@@ -367,14 +367,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
-    """The command line -> (settings, run folder, checkpoint or None, may the folder hold a run).
+    """The command line -> (settings, run folder, resume?, may the folder hold a run).
 
     `fixed` are settings that no flag chooses. MNIST may be downloaded here.
     """
-    args, checkpoint = parser.parse_args(), None
+    args = parser.parse_args()
     if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume) / "last.pt")
-        recorded = checkpoint["config"]
+        recorded = load_checkpoint(Path(args.resume) / "last.pt")["config"]
         script, processes = recorded.get("script"), recorded.get("world_size")
         if (script, processes) != (fixed["script"], fixed["world_size"]):
             raise UserError(f"{args.resume} needs train_{script}.py, {processes} process(es)")
@@ -394,7 +393,7 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
     processes, batches = config["world_size"], config["accumulation_steps"]
     config["effective_batch"] = config["batch_size"] * processes * batches
     if resume:
-        return config, Path(resume), checkpoint, True
+        return config, Path(resume), True, True
     config["dataset"], reason = resolve_dataset(config["dataset"], config["data_dir"])
     if reason:
         print(f"NOTE: MNIST could not be had: {reason}")
@@ -404,7 +403,7 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
     if config["dry_run"]:
         config |= {"epochs": 1, "train_size": config["effective_batch"]}
         name, overwrite = "dry-run", overwrite or not folder
-    return config, Path(folder or f"runs/{name}"), None, overwrite
+    return config, Path(folder or f"runs/{name}"), False, overwrite
 
 
 # -- 4. Main ---------------------------------------------------------------------------------------
@@ -478,12 +477,12 @@ def run_main(main, quiet: bool = False) -> None:
 def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
         raise UserError("train_single.py is one process: under torchrun, start train_ddp.py")
-    config, folder, checkpoint, may_hold_run = read_command(build_parser(__doc__), FIXED)
+    config, folder, resume, may_hold_run = read_command(build_parser(__doc__), FIXED)
     device = torch.device(config["device"])
     train_set, validation_set = make_datasets(config, device)
     run = Run(config, device)
     run.claim(folder, may_hold_run)
-    if checkpoint:  # read again, as from here on nobody else writes it
+    if resume:  # read under the lock, so that nobody else can write it any more
         run.load(load_checkpoint(folder / "last.pt"), folder / "last.pt")
     begin(run, folder, train_set, "python train_single.py")
     while len(run.history) < config["epochs"]:

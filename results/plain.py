@@ -57,15 +57,9 @@ def write_report() -> None:
     if len(sys.argv) != 2:
         raise UserError("give the folder of one run")
     run = evaluate.read_run(Path(sys.argv[1]))
-    config, best = run["config"], run["best"]
-    images, labels = load(config["dataset"], config["data_dir"], "test")
+    images, labels = load(run["config"]["dataset"], run["config"]["data_dir"], "test")
     model = evaluate.load_network(run, train_single.find_device(None))
-    report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
-    report["parameters"] = sum(p.numel() for p in model.parameters())
-    report["flops_per_image"] = evaluate.count_flops(model)
-    scores = evaluate.predict(model, images, scores=SCORES)
-    report |= evaluate.classification_metrics(scores.numpy(), labels.numpy())
-    report["rotation"] = evaluate.rotation_accuracy(model, images, labels, SCORES)
+    report, _ = evaluate.measure(run, model, images, labels, SCORES)
     train_single.write_file(run["folder"] / "report.json", json.dumps(report).encode())
     print(f"test accuracy {report['accuracy']:.2f} %, {report['errors']} errors")
 
