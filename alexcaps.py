@@ -22,10 +22,8 @@ class AlexCapsNet(nn.Module):
         super().__init__()
         # Departure 1: the report keeps AlexNet's 11x11 stride-4 stem, made for 224x224 photographs.
         # It leaves 2x2 places after two layers, and three 3x3 convolutions then look at padding.
-        # After 20,000 training digits it stood at 94.4 % test accuracy, this stem at 98.3 % (same
-        # seed, both with Kaiming-normal convolutions).
         # Pooling before ReLU: max(max(x, 0)) = max(0, max(x)), so it is the same network, but ReLU
-        # has less than a quarter of the numbers to do: a sixth less time per step with --compile.
+        # has less than a quarter of the numbers to do.
         # fmt: off
         self.features = nn.Sequential(
             nn.Conv2d(1, 64, 5, padding=2),  #                            [B, 64, 28, 28]
@@ -42,8 +40,8 @@ class AlexCapsNet(nn.Module):
         self.primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)  # [B, 2*2*32 = 128, 8]
         self.digits = DigitCapsules(n=128, i=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 3: the initialisation. With PyTorch's default the report's network got 33 % of
-        # the digits right over its first epoch (its log), and may sit at 10 % for up to 7 epochs.
-        # See initialise_convolutions and DigitCapsules for the rule.
+        # the digits right over its first epoch (its log). See initialise_convolutions and
+        # DigitCapsules for the rule.
         initialise_convolutions(self)
 
     def forward(self, images: Tensor, return_couplings: bool = False):

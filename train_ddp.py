@@ -79,9 +79,7 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     steps = config["accumulation_steps"]
     group_size = config["batch_size"] * steps  # images of one optimizer step, on this rank
     ddp.train()
-    batches = watch(
-        loader, sums, f"epoch {epoch}/{config['epochs']}", finite_sum, hidden=RANK > 0
-    )  # DDP:
+    batches = watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite_sum, RANK > 0)  # DDP:
     for step, (images, labels) in enumerate(batches):
         group = min(group_size, len(sampler) - step // steps * group_size)  # the last: short
         last_of_group = (step + 1) % steps == 0 or step + 1 == len(loader)
@@ -269,6 +267,8 @@ def main() -> None:
     if RANK == 0:  # DDP:
         train_single.print_outro(run, Path(folder))
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
+    if LAUNCHED:  # DDP: leave without a shutdown: gloo's threads outlive the group, and one that
+        os._exit(0)  # frees a tensor while Python shuts down aborts the process
 
 
 if __name__ == "__main__":

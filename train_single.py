@@ -61,9 +61,8 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
     sampler = RandomSampler(dataset, generator=generator)
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    sums = torch.zeros(
-        3, dtype=torch.float64, device=dataset.labels.device
-    )  # float64: sums of many
+    # float64, as many numbers are added up
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     model.train()  # BatchNorm: the statistics of the batch
     # The batches come ready from the device and the sums stay there: no step waits for the device.
     for images, labels in watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite):
@@ -157,7 +156,7 @@ class Run:
         torch.manual_seed(config["seed"])
         network = MODELS[config["model"]](config["routing_iterations"])
         # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory,
-        # as oneDNN and cuDNN like it best: a fifth less time per step on a CPU.
+        # as oneDNN and cuDNN like it best.
         self.model = network.to(device, memory_format=torch.channels_last)
         if config["compile"]:
             # dynamic=False: one program for each batch size (32, the short last batch, validation)
@@ -344,7 +343,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--train-size", type=count, metavar="N", help="at most the first N training images")
     flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
-    flag("--compile", action="store_true", help="torch.compile: minutes first, then faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a minute first; try whether steps get faster")
     flag("--dry-run", action="store_true", help="one step of everything, into runs/dry-run")
     flag("--run-dir", type=path, metavar="DIR", help="else runs/<model>-<script>[-digits][-seedN]")
     flag("--resume", type=path, metavar="RUN",
@@ -358,11 +357,11 @@ def find_device(name: str | None) -> torch.device:
     """The device of that name, or the best one there is; UserError if there is none of it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly, without a word
+            raise UserError(f"--device {name}: this code is written for cpu and cuda")
         torch.empty(0, device=device)  # PyTorch itself says what is wrong with it
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly, without a word
-        raise UserError(f"--device {name}: this code is written for cpu and cuda")
     return device
 
 
@@ -454,7 +453,8 @@ def print_outro(run: Run, folder: Path) -> None:
     """How the run ended and what to do next."""
     best, digits = run.best, NOTE[run.config["dataset"]]
     print(f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}")
-    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}")
+    # flush: train_ddp.py leaves without a shutdown, which would do it
+    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}", flush=True)
 
 
 def run_main(main, quiet: bool = False) -> None:
