@@ -282,13 +282,9 @@ def test_half_precision_stays_finite(network, dtype):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@MODELS
-def test_bfloat16_gradients_point_where_float32_ones_do(network):
-    """After a few steps and with BatchNorm's running statistics. At the very start ResCapsNet's
-    first layers have gradients that are small differences of large sums over a black background:
-    rounding turns some of them by up to 24 degrees (cosine 0.91)."""
-    images, labels = data.load("digits", "", "train")
-    model = network()
+def test_bfloat16_gradients_point_where_float32_ones_do():
+    """Layer by layer, after a few steps: at the very start some are differences of large sums."""
+    (images, labels), model = data.load("digits", "", "train"), AlexCapsNet()
     optimizer = torch.optim.Adam(model.parameters())
 
     def backward(batch, half=False):
@@ -296,18 +292,14 @@ def test_bfloat16_gradients_point_where_float32_ones_do(network):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             lengths = capsules.capsule_lengths(model(data.prepare(images[batch], model)))
         capsules.margin_loss(lengths, labels[batch]).backward()
+        return [p.grad.double().flatten() for p in model.parameters()]
 
     for step in range(1, 13):
         backward(slice(32 * step, 32 * step + 32))
         optimizer.step()
-    model.eval()
-    gradients = []
-    for half in (True, False):
-        backward(slice(0, 32), half)
-        layers = [list(m.parameters(recurse=False)) for m in model.modules()]
-        gradients.append([torch.cat([p.grad.flatten() for p in ps]) for ps in layers if ps])
-    for half, full in zip(*gradients, strict=True):
-        assert F.cosine_similarity(half.double(), full.double(), dim=0) > 0.99
+    full, half = backward(slice(0, 32)), backward(slice(0, 32), half=True)
+    for a, b in zip(full, half, strict=True):
+        assert F.cosine_similarity(a, b, dim=0) > 0.99
 
 
 # -- Data ------------------------------------------------------------------------------------------
@@ -1604,10 +1596,8 @@ def test_intervals_are_those_of_textbooks():
     assert tables.of_mean(b)[1:] == pytest.approx(stats.ttest_1samp(b, 0).confidence_interval())
     # Newcombe 1998, table II (b), method 10: 9 of 10 minus 3 of 10
     assert tables.over_images(90, 30, 10) == pytest.approx((60, 17.05, 80.90), abs=0.01)
-    # a ratio's interval is that of the logarithms' difference
-    found = tables.ratio("", [2.0, 2.2], [1.0, 1.1])
-    logs = tables.over_seeds(np.log([2.0, 2.2]).tolist(), np.log([1.0, 1.1]).tolist())
-    assert found[1:4] == pytest.approx(np.exp(logs)) and found.n == "2 + 2"
+    # rounds are compared each with its own: twice as fast in both, whatever the machine does
+    assert tables.ratio("", [2.0, 4.0], [1.0, 2.0]) == ("", 2, 2, 2, "2 rounds")
 
 
 def test_verdicts_respect_intervals():
@@ -1624,13 +1614,12 @@ def test_verdicts_respect_intervals():
             assert tables.verdict(estimates, 0, 2) == word, case
 
 
-def row(accuracy, after_one=98.0, seconds=100.0, **settings):
+def row(accuracy, after_one=98.0, **settings):
     """A row as evaluate.make_rows makes it, as far as claims look at it."""
     usual = {"train_images": 55_000, "world_size": 1, "batch_size": 32, "precision": "fp32"}
-    usual |= {"epochs": 20, "hardware": "a CPU", "flops_per_image": 200}
+    usual |= {"epochs": 20, "flops_per_image": 200}
     runs = [{"history": [{"val_accuracy": after_one + k / 100}]} for k in range(len(accuracy))]
-    values = {"accuracy": accuracy, "seconds": [seconds + k / 100 for k in range(len(accuracy))]}
-    return usual | {"runs": runs, "values": values} | settings
+    return usual | {"runs": runs, "values": {"accuracy": accuracy}} | settings
 
 
 def judged(kept, scaling=()):
@@ -1641,14 +1630,15 @@ def test_claims_get_verdicts():
     """Each kind of verdict, of runs that tell all; then what runs that are unlike do not tell."""
     many = {"world_size": 2, "precision": "bf16"}
     kept = {
-        "alexcaps-single": row([99.5, 99.6, 99.7], 99.0, flops_per_image=400, seconds=240),
+        "alexcaps-single": row([99.5, 99.6, 99.7], 99.0),
         "rescaps-single": row([99.0, 99.1, 99.2], 98.0),
         "alexcaps-ddp": row([99.5, 99.6, 99.7], 98.6, **many),
-        "rescaps-ddp": row([99.0], 98.5, seconds=50, flops_per_image=100, **many),
+        "rescaps-ddp": row([99.0], 98.5, flops_per_image=100, **many),
     }
-    pairs = {"one": [100.0, 101.0, 99.0], "apart": [190.0] * 3, "ddp": [160.0, 164.0, 158.0]}
-    kinds = ("alexcaps", "bf16"), ("rescaps", "fp32")
-    claims = judged(kept, [{"network": m, "precision": p} | pairs for m, p in kinds])
+    speed = {"one": [100.0, 101.0, 99.0], "ddp": [160.0, 164.0, 158.0]}  # images/s, round by round
+    kinds = ("alexcaps", "fp32", speed), ("alexcaps", "bf16", speed)
+    kinds = (*kinds, ("rescaps", "fp32", {"one": [200.0, 202.0, 198.0]}))
+    claims = judged(kept, [{"network": m, "precision": p} | rates for m, p, rates in kinds])
     for word, keys in {
         "agree": ["fast", "rescaps", "time", "alexcaps ddp", "scarce"],
         "disagree": ["end", "alexcaps"],
@@ -1660,14 +1650,15 @@ def test_claims_get_verdicts():
     assert claims["end"]["short"] == "single: -0.50 points (-0.73 to -0.27)"
     assert claims["fast"]["n"] == "3 + 3; 3 + 1" and claims["alexcaps ddp"]["n"] == "3 rounds"
     assert claims["alexcaps ddp"]["short"].startswith("bf16: 0.80 (0.7")
+    assert claims["time"]["short"] == "fp32: 2.00x" and claims["time"]["n"] == "3 rounds"
+    assert claims["scarce"]["measured"] == "FLOPs: 0.50x; fp32, time: 0.50x"
     alex = {"alexcaps-single": kept["alexcaps-single"]}
-    unlike = {"end": ("epochs", 10), "fast": ("train_images", 20), "time": ("hardware", "a GPU")}
-    for key, (name, value) in unlike.items():
+    for key, name, value in (("end", "epochs", 10), ("fast", "train_images", 20)):
         claim = judged(alex | {"rescaps-single": row([99.0], **{name: value})})[key]
         assert (claim["verdict"], claim["short"]) == ("not measured", ""), key
     claims = judged({"alexcaps-single": row([99.5]), "rescaps-single": row([99.4])})
     assert claims["end"]["n"] == "1 + 1, 10,000 images" and claims["end"]["verdict"] == "undecided"
-    assert claims["time"]["n"] == "1 + 1, no interval"
+    assert claims["time"]["verdict"] == "not measured"  # runs alone do not tell
 
 
 def run_to_keep(folder, curve=(98.0, 99.0), accuracy=99.0, **changes):
