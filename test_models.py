@@ -939,11 +939,11 @@ def test_a_pretended_accelerator_computes_the_same():
 # -- train_ddp.py ----------------------------------------------------------------------------------
 
 WORKER = """
-import os, sys
+import sys
 import train_ddp, test_models
 train_ddp.join()
 getattr(test_models, sys.argv[1])(*sys.argv[2:])
-os._exit(0)  # without a shutdown, as train_ddp.main
+train_ddp.leave(0)
 """
 
 
@@ -995,6 +995,11 @@ def train_cases(out):
     results.append((run.model, train_ddp.validate(run.model, held_out), dtypes))
     if train_ddp.RANK == 0:
         torch.save(results, out)
+    ddp = train_ddp.wrap(run)
+    if train_ddp.RANK == 1:
+        ddp.module.digits.weight.data.fill_(math.nan)
+    with pytest.raises(data.UserError, match="the loss is nan"):  # on both ranks
+        train_ddp.train_one_epoch(run, ddp, train_set)
 
 
 def test_two_ranks_equal_one_process(tmp_path):
@@ -1048,7 +1053,7 @@ def margin_loss(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 train_ddp.margin_loss = margin_loss
-train_ddp.train_single.run_main(train_ddp.main, quiet=train_ddp.RANK > 0)
+train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.leave)
 """
 
 

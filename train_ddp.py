@@ -53,6 +53,8 @@ RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # among all: 0 decides, write
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine: which GPU
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
+# DDP: without a shutdown of Python, during which a thread of gloo that frees a tensor would abort
+leave = os._exit if LAUNCHED else sys.exit
 
 # DDP: how long one rank may wait for another: while rank 0 may be downloading, and afterwards
 PATIENCE, TIMEOUT = timedelta(minutes=10), timedelta(minutes=2)
@@ -267,9 +269,7 @@ def main() -> None:
     if RANK == 0:  # DDP:
         train_single.print_outro(run, Path(folder))
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
-    if LAUNCHED:  # DDP: leave without a shutdown: gloo's threads outlive the group, and one that
-        os._exit(0)  # frees a tensor while Python shuts down aborts the process
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=RANK > 0)
+    train_single.run_main(main, quiet=RANK > 0, leave=leave)

@@ -453,25 +453,24 @@ def print_outro(run: Run, folder: Path) -> None:
     """How the run ended and what to do next."""
     best, digits = run.best, NOTE[run.config["dataset"]]
     print(f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}")
-    # flush: train_ddp.py leaves without a shutdown, which would do it
-    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}", flush=True)
+    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}")
 
 
-def run_main(main, quiet: bool = False) -> None:
-    """Call main; a mistake becomes one line and exit code 2. A traceback means a bug.
-
-    `quiet` processes leave it to rank 0 to print what all ranks know.
-    """
+def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
+    """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug."""
     sys.stdout.reconfigure(errors="replace")  # where the terminal cannot print a character: ?
     keep_freed_memory()
+    code = 0
     try:
         main()
     except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
-        if not quiet:
+        code = 2
+        if not quiet:  # rank 0 prints what all ranks know
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:  # before there is anything to go on with
-        sys.exit(130)
+        code = 130
+    sys.stdout.flush()  # not every way to leave does
+    leave(code)
 
 
 def main() -> None:

@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=train_ddp.RANK > 0)
+    train_single.run_main(main, quiet=train_ddp.RANK > 0, leave=train_ddp.leave)
