@@ -179,7 +179,7 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
         one, many = (kept.get(f"{network}-{script}") for script in SETUPS)
         if alike(("train_images", "epochs"), one, many):
             tests = many["values"]["accuracy"], one["values"]["accuracy"]
-            found["ddp"].append(points(network, *tests, images=10_000))
+            found["ddp"].append(points(network.removesuffix("caps"), *tests, images=10_000))
         found[network].append(Estimate("its code", size, size, size, ""))
         if (network, "bf16") in speeds:  # the report's DDP runs are in half precision, too
             found[f"{network} ddp"].append(efficiency(speeds[network, "bf16"], "ddp"))
