@@ -119,7 +119,7 @@ single, ddp, evaluated = (functools.partial(call, s) for s in (train_single, tra
 
 
 def assert_one_line(result, *words):
-    """A user's mistake, as `call` returns it: exit code 2, one line with "error: " and the words."""
+    """A user's mistake, as `call` returns it: exit code 2, a line with "error: " and the words."""
     code, _, error = result
     assert code == 2, error
     assert len(error.strip().splitlines()) == 1 and "error: " in error, error

@@ -343,7 +343,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--train-size", type=count, metavar="N", help="at most the first N training images")
     flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
-    flag("--compile", action="store_true", help="torch.compile: a minute first; steps may get faster")
+    flag("--compile", action="store_true", help="torch.compile: a minute first, then maybe faster")
     flag("--dry-run", action="store_true", help="one step of everything, into runs/dry-run")
     flag("--run-dir", type=path, metavar="DIR", help="else runs/<model>-<script>[-digits][-seedN]")
     flag("--resume", type=path, metavar="RUN",

@@ -5,7 +5,7 @@
     python -m results.plain evaluate.py runs/plain-alexcaps-single        writes report.json
 
 The loop, the data and the seeds are the scripts' own. Left out is what makes a network one of
-capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy stand in their place.
+capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy take their place.
 """
 
 import json
