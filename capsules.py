@@ -35,7 +35,7 @@ def squash(s: Tensor) -> Tensor:
     #   v =  --------- * -----  =  s * ---------                             [S17] eq. 1
     #        1 + |s|^2    |s|          1 + |s|^2
     # The right side, where one |s| is cancelled, is no 0/0 at the zero vector, and vector_norm has
-    # the gradient 0 there, where that of sqrt(sum(s * s)) is infinite.
+    # the gradient 0 there, where that of sqrt(sum(s * s)) is nan.
     norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # [..., 1]
     return s * (norm / (1 + norm * norm))
 

@@ -73,7 +73,7 @@ def download_mnist(data_dir: str | Path) -> None:
     The files arrive in a scratch folder and are moved when they are whole, so that a stop in the
     middle leaves nothing half-written in their place.
     """
-    import torchvision  # here, as it takes as long to import as PyTorch itself
+    import torchvision  # here, as its import takes long and only a download needs it
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_SECONDS)  # else a network that swallows packets blocks us

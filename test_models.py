@@ -1655,6 +1655,8 @@ def test_claims_get_verdicts():
     assert claims["time"]["short"] == "fp32: 2.00x" and claims["time"]["n"] == "3 rounds"
     assert claims["scarce"]["measured"] == "FLOPs: 0.50x; fp32, time: 0.50x"
     alex = {"alexcaps-single": kept["alexcaps-single"]}
+    one = judged(alex | {"alexcaps-ddp": kept["alexcaps-ddp"]})  # but "both" are meant
+    assert one["ddp"]["verdict"] == "not measured"
     for key, name, value in (("end", "epochs", 10), ("fast", "train_images", 20)):
         claim = judged(alex | {"rescaps-single": row([99.0], **{name: value})})[key]
         assert (claim["verdict"], claim["short"]) == ("not measured", ""), key

@@ -197,7 +197,7 @@ class Run:
         self.history = checkpoint["history"]
 
     def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
-        """Add an epoch, given its sums, to the history, and lower the learning rate."""
+        """Add an epoch, given its sums, to the history, and go on in the schedule."""
         row = ROW | {"epoch": len(self.history) + 1}
         for part, sums in (("train", trained), ("val", validated)):
             loss, hits, images = finite(sums)

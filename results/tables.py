@@ -7,7 +7,7 @@
 Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row.
 Written are the tables in README.md and results/README.md, each between <!-- results: NAME --> and
 <!-- end -->; comparison.md, .csv and .png; and the pictures of each run that has its lengths.npy
-here. None of this is written by hand.
+here.
 
 Every difference comes with its 95 % interval, and a claim of the report is undecided where that
 interval contains a bound of "agree if".
@@ -131,10 +131,7 @@ def verdict(estimates: list[Estimate], least: float, most: float) -> str:
 
 
 def judge(claim: dict, estimates: list[Estimate]) -> dict:
-    """A row of claims.csv with its verdict, its figures, and those of the estimate that decides.
-
-    A claim holds where what its row calls the metric lies within least..most.
-    """
+    """A row of claims.csv with its verdict, its figures, and those of the estimate that decides."""
     form, unit, least, most = (claim[name] for name in ("form", "unit", "least", "most"))
     least, most = float(least), float(most)
     answer = verdict(estimates, least, most)
@@ -183,6 +180,8 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
         found[network].append(Estimate("its code", size, size, size, ""))
         if (network, "bf16") in speeds:  # the report's DDP runs are in half precision, too
             found[f"{network} ddp"].append(efficiency(speeds[network, "bf16"], "ddp"))
+    if len(found["ddp"]) < 2:  # the claim is about both networks
+        found["ddp"] = []
     claims = csv.DictReader((HERE / "claims.csv").read_text().splitlines())
     return [judge(claim, found[claim["key"]]) for claim in claims]
 
@@ -303,8 +302,7 @@ def speed_text(speed: dict) -> str:
 
 
 def sooner_rows(theirs: dict, kept: dict[str, dict]) -> list[dict]:
-    """The report's code and ours to an accuracy. Our seconds: the epochs that it took, each of
-    55,000 / 32 steps as they were measured in turns with the report's."""
+    """The report's code and ours to an accuracy; steps were measured in turns."""
     steps = {row["part"]: row["ms"] for row in theirs["rows"] if row["setting"] == "fp32"}
     rows = []
     for row in theirs["to an accuracy"]:
