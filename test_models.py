@@ -1697,6 +1697,7 @@ def results(tmp_path, monkeypatch):
 
 def test_kept_runs_are_not_replaced_by_lesser_ones(tmp_path, results):
     whole = run_to_keep(tmp_path / "a" / "alexcaps-single", (98.0, 99.0, 98.5))
+    assert str(whole["best"]["epoch"]) == "2"  # in a title, not "2.0"
     keep(whole)
     keep(whole)  # an equal one may
     kept = results / "alexcaps-single"

@@ -195,6 +195,8 @@ def read(folder: Path) -> dict:
         config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
         lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
         history = [{k: float(v) for k, v in line.items()} for line in lines]
+        for epoch, row in enumerate(history, start=1):
+            row["epoch"] = epoch  # a whole number, as titles print it
         report = json.loads((folder / "report.json").read_text())
         best = max(history, key=lambda row: row["val_accuracy"])
         if report["kept_epoch"] != best["epoch"]:
