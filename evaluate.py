@@ -263,7 +263,7 @@ def make_rows(runs: list[dict]) -> list[dict]:
         for k, angle in enumerate(ANGLES[:6]):  # the mean of either way
             values[f"turned_{-angle}"] = turned[:, [k, -1 - k]].mean(axis=1).tolist()
         # The fastest epoch: others may warm up, compile, or share the machine with other work.
-        values["seconds"] = [min(epoch["seconds"] for epoch in run["history"]) for run in group]
+        row["seconds"] = min(epoch["seconds"] for run in group for epoch in run["history"])
         for name, numbers in values.items():
             row[name] = round(float(np.mean(numbers)), 6)
             row[f"{name}_std"] = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None

@@ -1449,7 +1449,7 @@ def test_pictures_compare_whole_runs(reported, tmp_path, monkeypatch):
     folders = [archived(reported, tmp_path / str(k), seed=k) for k in range(2)]
     folders.append(archived(reported, tmp_path / "unfinished", epochs=9))
     runs = [evaluate.read_run(folder) for folder in folders]
-    for run, accuracies, times in zip(runs, [(90, 98), (94, 94)], [(60, 30), (30, 30)]):
+    for run, accuracies, times in zip(runs, [(90, 98), (94, 94)], [(60, 30), (40, 40)]):
         for row, accuracy, seconds in zip(run["history"], accuracies, times, strict=True):
             row.update(val_accuracy=accuracy, seconds=seconds)
     rows = sorted(evaluate.make_rows(runs), key=lambda row: row["n"])
@@ -1765,6 +1765,9 @@ def test_pages_are_what_results_holds():
     for page, text in pages.items():
         assert page.read_text() == text, f"python -m results.tables would change {page}"
     assert (HERE / "results" / "comparison.md").read_text() == comparison
+    figures = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)", README)  # in its prose
+    wide = (HERE / "results" / "README.md").read_text()
+    assert len(figures) > 3 and all(figure in wide for figure in figures), figures
     own = re.findall(r"<!-- results: .*?<!-- end -->", README, re.DOTALL)
     assert max(len(line) for table in own for line in table.splitlines()) <= 100
 
