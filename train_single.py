@@ -6,8 +6,8 @@
     python train_single.py --resume runs/alexcaps-single  go on after any stop
 
 Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
-evaluate.py. On 2 CPU cores AlexCapsNet takes 1.5 to 3.5 minutes an epoch: 98.5 %
-of the validation digits are right after the first, 99.6 % after nine.
+evaluate.py. On 2 CPU cores AlexCapsNet takes 1.5 to 3.5 minutes an epoch: of
+the validation digits 98.5 % are right after the first, 99.6 % after nine.
 
 Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what
 is saved of it; 3. the command line; 4. main. Then open train_ddp.py beside it.
