@@ -561,15 +561,6 @@ def test_torchrun_is_for_the_other_script(rank, tmp_path):
     assert process.stderr.count("\n") == 1 - rank and not (tmp_path / "run").exists()
 
 
-def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    assert single(*SMALL, "--epochs", 1, "--data-dir=~/data", "--run-dir=~/run")[0] == 0
-    config = torch.load(tmp_path / "home" / "run" / "last.pt")["config"]
-    assert config["data_dir"] == f"{tmp_path}/home/data" and not (tmp_path / "~").exists()
-    assert single("--resume=~/run")[0] == 0
-
-
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_line(single(*ALEX, "--run-dir", tmp_path / "file" / "run"), f"{tmp_path}/file")
@@ -637,23 +628,6 @@ def test_two_runs_in_one_folder(copy):
     assert single("--resume", copy)[0] == 0
 
 
-def test_links_in_a_folder_lead_nowhere(tmp_path):
-    """A stranger's folder may hold links; what they point to is not ours to write."""
-    outside, run = tmp_path / "outside", tmp_path / "run"
-    outside.mkdir()
-    run.mkdir()
-    for name in (*train_single.RUN_FILES, "metrics.csv.tmp"):
-        (outside / name).write_text("precious")
-        (run / name).symlink_to(outside / name)
-    flags = (*SMALL, "--epochs", 1, "--run-dir", run, "--overwrite")
-    assert single(*flags)[0] == 0
-    assert {path.read_text() for path in outside.iterdir()} == {"precious"}
-    (run / ".lock").unlink()
-    (run / ".lock").symlink_to(outside / "lock")
-    assert_one_line(single(*flags), ".lock")
-    assert not (outside / "lock").exists()
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil-was-here",)
@@ -678,8 +652,7 @@ NOT_OURS = "is no checkpoint of this network"
 WRONG_CONTENT = [  # the same, but to the dictionary in last.pt
     (lambda c: c.update(model=ResCapsNet().state_dict()), NOT_OURS),
     (lambda c: c.pop("scheduler"), NOT_OURS),
-    (lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.zeros(1)), NOT_OURS),
-    (lambda c: c["history"][0].update(val_accuracy="x"), NOT_OURS),
+    (lambda c: c["history"][0].pop("lr"), NOT_OURS),
     (lambda c: c["config"].update(batch_size=[1]), "--batch-size"),
     (lambda c: c["config"].update(model="vgg"), "--model"),
     (lambda c: c["config"].update(script="ddp"), "train_ddp.py"),
@@ -811,22 +784,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, mo
     assert_one_line(result, "the loss is nan", "--lr", "--precision bf16")
     assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
     assert part == "validation" or len(calls) < 14  # stopped before the validation
-
-
-def test_the_sums_are_looked_at_by_time_and_not_in_every_step(monkeypatch):
-    """A clock on which a step takes 1/128 s: looks every half second, and after the last step."""
-    now, looks = [0.0], []
-    monkeypatch.setattr(train_single.time, "perf_counter", lambda: now[0])
-    sums = torch.zeros(3, dtype=torch.float64)
-
-    def look(numbers):
-        looks.append(int(numbers[2]))
-        return numbers.tolist()
-
-    for _ in train_single.watch(range(150), sums, "", look):
-        sums += torch.tensor([0.5, 1, 1])
-        now[0] += 1 / 128
-    assert looks == [1, 2, 66, 130, 150]
 
 
 def test_best_is_the_earliest_of_equal_epochs():
@@ -1142,7 +1099,8 @@ def test_wrong_use_of_train_ddp(flags, words, tmp_path, monkeypatch):
 def test_one_process_without_torchrun_and_scripts_keep_apart(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")  # left over from something else: not believed alone
     assert runpy.run_path(str(HERE / "train_ddp.py"))["RANK"] == 0
-    code, printed, _ = ddp(*TWO_RANKS, "--epochs", 1, "--run-dir", tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))  # which the shell does not look up after "="
+    code, printed, _ = ddp(*TWO_RANKS, "--epochs", 1, "--run-dir=~/run")
     assert code == 0 and "AlexCapsNet in fp32 on" in printed
     one = torch.load(tmp_path / "run" / "last.pt")["history"][0]
     assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
@@ -1258,8 +1216,10 @@ def test_usual_settings_are_the_scripts_own():
 def reported(finished, tmp_path_factory):
     """The finished run, evaluated; and what that printed."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run"))
+    torch.set_float32_matmul_precision("high")  # as training does on a GPU
     code, printed, error = evaluated(run, "--device", "cpu")
     assert code == 0, error
+    assert torch.get_float32_matmul_precision() == "highest"
     return run, printed
 
 
@@ -1385,21 +1345,6 @@ def test_a_report_of_another_run_is_not_believed(reported, tmp_path):
     assert_one_line(evaluated(run, "--out", out), "not of the best epoch", "resume the run first")
     (run / "best.pt").write_bytes(b"?")
     assert_one_line(evaluated(run, "--out", out), "best.pt is damaged")
-
-
-def test_links_in_a_run_lead_nowhere(reported, tmp_path):
-    """A stranger's folder may link to files outside: they stay as they are, pictures too."""
-    archive, outside = archived(reported, tmp_path / "archive"), tmp_path / "outside"
-    outside.mkdir()
-    for name in ("report.json", "lengths.npy", "roc.png"):
-        shutil.move(archive / name, outside / name)
-        (archive / name).symlink_to(outside / name)
-    np.save(outside / "lengths.npy", np.load(outside / "lengths.npy").astype(np.float32))
-    before = contents(outside)
-    torch.set_float32_matmul_precision("high")
-    assert evaluated(archive)[0] == 0
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert contents(outside) == before and not (archive / "roc.png").is_symlink()
 
 
 def test_lengths_and_plain_reports_are_checked(reported, tmp_path, monkeypatch):
@@ -1742,13 +1687,6 @@ def test_ablation_stands_beside_its_first_row(tmp_path, results):
     assert lines[4].startswith("| --routing-iterations 1 | 1 | 98.60")
     half = 12.7062 * 0.1 * math.sqrt(2 * 1.5)  # t(0.975, 1); deviations of 0.1 and 0.1
     assert f"| -1.10 ({-1.1 - half:+.2f} to {-1.1 + half:+.2f}) " in found["differences"]
-
-
-def test_a_table_without_its_place_is_an_error(tmp_path):
-    (tmp_path / "page").write_text("<!-- results: a -->\nold\n<!-- end -->\n")
-    assert "old" not in tables.fill(tmp_path / "page", {"a": "new"})
-    with pytest.raises(data.UserError, match="0 places"):
-        tables.fill(tmp_path / "page", {"b": "new"})
 
 
 # -- README.md -------------------------------------------------------------------------------------
