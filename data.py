@@ -44,7 +44,7 @@ class UserError(Exception):
 
 
 def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
-    """The content of one MNIST file, unpacked; None if it is missing, UserError if it is another's.
+    """The content of one MNIST file, unpacked; None if missing, UserError if it is not MNIST's.
 
     What is checked is what is returned, so nothing else in the folder can be read by mistake.
     """

@@ -4,9 +4,10 @@
     python evaluate.py runs/alexcaps-single runs/rescaps-single   a comparison
     python evaluate.py runs/alexcaps-single --image photo.jpg     own digits
 
-Files go to the run's folder, or to runs/comparison, where runs that differ only
-in --seed are one row. A run without best.pt is drawn anew from its report.json
-and lengths.npy. On 2 CPU cores a run on MNIST takes half a minute to a few.
+Files go to the run's folder. A comparison needs the reports of its runs, and
+goes to runs/comparison; runs that differ only in --seed are one row in it. A
+run without best.pt is drawn anew from its report.json and lengths.npy. On 2 CPU
+cores a run on MNIST takes half a minute to a few.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import csv
 import io
 import json
 import math
-import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import train_single
 from capsules import capsule_lengths
-from data import VALIDATION_SIZE, UserError, load, prepare
+from data import UserError, load, prepare
 from train_single import MODELS, write_file
 
 plt.switch_backend("Agg")  # draw into files: no display needed
@@ -44,14 +44,14 @@ PLACES = {"alexcaps": 2 * 2, "rescaps": 9 * 9}  # of the map of primary capsules
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of an accuracy, in percent. p ± z sqrt(p (1 - p) / n) fails near 100 %."""
-    p, shrink = min(1.0, correct / n), 1 + z * z / n  # z = 1.96: 95 % of a normal distribution
+    p, shrink = correct / n, 1 + z * z / n  # z = 1.96: 95 % of a normal distribution
     centre = (p + z * z / (2 * n)) / shrink  # a little nearer to 50 % than p
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` digits of each class (or as many as all have): 0s, 1s, ..."""
+    """Indices of the first `count` digits of each class, of all equally many: 0s, then 1s, ..."""
     count = min(count, int(labels.bincount(minlength=10).min()))  # the rarest class has
     return torch.cat([(labels == digit).nonzero()[:count, 0] for digit in range(10)])
 
@@ -164,68 +164,42 @@ def report_text(run: dict) -> str:
 # The settings that a run may change, with what they usually are; and what else a config must hold
 USUAL = {"batch_size": 32, "accumulation_steps": 1, "lr": 0.001, "rotate": 10.0, "shift": 0.0}
 USUAL |= {"routing_iterations": 3, "compile": False, "sync_bn": False}
-WORDS = ("model", "dataset", "script", "precision", "hardware")
-NUMBERS = ("world_size", "epochs", "train_images", *USUAL)  # runs alike in all of this are one row
-# What reading a file raises that is missing, damaged, or of another program
-WRONG = (OSError, ValueError, TypeError, KeyError, RecursionError, csv.Error)
-
-
-def check(values: dict, shape: tuple, *names: str) -> None:
-    """One of WRONG unless `values`, from a file, has numbers from 0 on in this shape; () is one."""
-    for name in names:
-        array = np.array(values[name])
-        if array.shape != shape or not ((array >= 0) & (array < 1e12)).all():  # nan is neither
-            raise ValueError(f"{name} is wrong")
+SETTINGS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
+SETTINGS += tuple(USUAL)  # runs alike in all of this are one row
+WRONG = (OSError, ValueError, KeyError, TypeError)  # what a file raises that is none of ours
 
 
 def at_angles(report: dict) -> list[float]:
-    """The accuracies on turned digits in a report of any network; one of WRONG if it has none."""
-    check(report["rotation"], (), "images")
-    check(report["rotation"]["accuracy"], (), *map(str, ANGLES))
+    """The accuracies on turned digits in a report of any network."""
     return [report["rotation"]["accuracy"][str(angle)] for angle in ANGLES]
 
 
 def read_run(folder: Path) -> dict:
     """folder, config, history, best row and report of a run; UserError if it is none, or damaged.
-    The report is None where there is none to believe, but a best.pt to make one of."""
+
+    The report is None if it is missing or of an epoch before, but best.pt is there to make one of.
+    """
     try:
         config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
-        check(config, (), *NUMBERS, "seed")
-        known = config["model"] in MODELS and config["dataset"] in VALIDATION_SIZE
-        if not known or not all(isinstance(config[name], str) for name in (*WORDS, "data_dir")):
-            raise ValueError("config.json is wrong")
+        if config["model"] not in MODELS:
+            raise UserError(f"{folder} is of another network, {config['model']}")
         with open(folder / "metrics.csv", newline="") as file:
             history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         for epoch, row in enumerate(history, start=1):
-            check(row, (), *train_single.COLUMNS)
             row["epoch"] = epoch  # a whole number
         best = max(history, key=lambda row: row["val_accuracy"])  # in best.pt; the earliest
+        file = folder / "report.json"
+        report = json.loads(file.read_text()) if file.exists() else {}
+        kept = report.get("kept_epoch"), report.get("kept_val_accuracy")
     except WRONG as error:
-        raise UserError(f"{folder} holds no run with a finished epoch: {error}") from None
-    run = {"folder": folder, "config": config, "history": history, "best": best, "report": None}
-    try:
-        run["report"] = read_report(run)
-    except WRONG as error:
+        raise UserError(
+            f"{folder} holds no run with a finished epoch, or is damaged: {error}"
+        ) from None
+    if kept != (best["epoch"], best["val_accuracy"]):
         if not (folder / "best.pt").exists():
-            raise UserError(f"{folder} has no best.pt, and its report.json: {error}") from None
-    return run
-
-
-def read_report(run: dict) -> dict:
-    """report.json, or one of WRONG, also if it is not of the best epoch in metrics.csv."""
-    report = json.loads((run["folder"] / "report.json").read_text())
-    best, config = run["best"], run["config"]
-    check(report, (), "test_images", "errors", "accuracy", "parameters", "flops_per_image")
-    check(report, (2,), "interval_95")
-    check(report, (10,), "auc")
-    check(report, (10, 10), "confusion")  # true by predicted digit
-    check(report, (config["routing_iterations"],), "coupling_to_true")
-    check(report, (10, PLACES[config["model"]]), "coupling_maps")  # of each class
-    check(report, (2, len(EDGES) - 1), "coupling_histograms")
-    kept = report["kept_epoch"], report["kept_val_accuracy"]
-    if kept != (best["epoch"], best["val_accuracy"]) or not at_angles(report):
-        raise ValueError("it is not of the best epoch in metrics.csv")
-    return report
+            raise UserError(f"{folder} has neither best.pt nor a report of its best epoch")
+        report = None
+    return {"folder": folder, "config": config, "history": history, "best": best, "report": report}
 
 
 def describe(run: dict) -> str:
@@ -248,14 +222,14 @@ def make_rows(runs: list[dict]) -> list[dict]:
     """
     groups, rows = {}, []
     for run in runs:
-        settings = tuple(run["config"][name] for name in (*WORDS, *NUMBERS))
+        settings = tuple(run["config"][name] for name in SETTINGS)
         groups.setdefault((settings, len(run["history"])), []).append(run)  # alike but for the seed
     for group in groups.values():
         if len({run["config"]["seed"] for run in group}) < len(group):
             raise UserError(f"{group[-1]['folder']} has settings and seed of another run")
         reports = [run["report"] for run in group]
         row = {"name": describe(group[0]), "n": len(group), "runs": group}
-        row |= {name: group[0]["config"][name] for name in (*WORDS, *NUMBERS)}
+        row |= {name: group[0]["config"][name] for name in (*SETTINGS, "hardware")}
         row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops_per_image")}
         values = {name: [report[name] for report in reports] for name in ("accuracy", "errors")}
         values["val_accuracy"] = [run["best"]["val_accuracy"] for run in group]
@@ -281,7 +255,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 def comparison_text(rows: list[dict]) -> str:
     """comparison.md: few columns, for a terminal; what all rows have in common stands above."""
-    n, names = max(1, rows[0]["test_images"]), [row["name"].split(", ") for row in rows]
+    n, names = rows[0]["test_images"], [row["name"].split(", ") for row in rows]
     shared = [word for word in names[0] if len(rows) > 1 and all(word in name for name in names)]
     lines = []
     for row, name in zip(rows, names, strict=True):
@@ -418,7 +392,7 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -
 
 def draw_rotation(report: dict, trained: float, plain: list | None) -> tuple:
     """How far a network, and a plain CNN, generalise to angles that they have not been shown."""
-    values, n = at_angles(report), max(1, report["rotation"]["images"])
+    values, n = at_angles(report), report["rotation"]["images"]
     low, high = np.transpose([wilson(value * n / 100, n) for value in values])
     figure, axis = plt.subplots(figsize=(11, 7))
     axis.axvspan(-trained, trained, color="#E69F00", alpha=0.3, label=f"trained: ±{trained:g}°")
@@ -526,53 +500,39 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
 # -- 5. Main ---------------------------------------------------------------------------------------
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder, and a file in it that vanishes; UserError now and not after the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}, give an --out: {error.strerror}") from None
-
-
 def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
-    """Print the report of a run, write it to `out` with all pictures, and keep it in the run."""
+    """Print the report of a run, and write it to `out` with all pictures."""
     folder, config, plain = run["folder"], run["config"], None
     images, labels = load(config["dataset"], args.data_dir or config["data_dir"], "test")
-    try:
-        if args.plain:
+    if args.plain:
+        try:
             plain = at_angles(json.loads(args.plain.read_text()))
-        if not (folder / "best.pt").exists():
-            lengths = np.load(folder / "lengths.npy")
-            if (lengths.argmax(axis=1) != labels.numpy()).sum() != run["report"]["errors"]:
-                raise ValueError("lengths.npy is not of this report")
-    except (*WRONG, EOFError, AttributeError) as error:
-        raise UserError(f"{folder} cannot be drawn: {error}") from None
+        except WRONG as error:
+            raise UserError(f"{args.plain} is no report: {error}") from None
     if (folder / "best.pt").exists():
         model, chosen = load_network(run, args.device), first_of_each_class(labels, ROUTED)
         run["report"], lengths = measure(run, model, images, labels)
         places = PLACES[config["model"]]
         run["report"] |= routing_summary(model, images[chosen], labels[chosen], places)
+        # Half the bytes, unless rounding makes two lengths equal and so changes an answer
+        short = lengths.astype(np.float16)
+        lengths = short if (short.argmax(axis=1) == lengths.argmax(axis=1)).all() else lengths
+    else:  # an archived run
+        lengths = np.load(folder / "lengths.npy")
     print(report_text(run))
     write_file(out / "report.json", json.dumps(run["report"]).replace(', "', ',\n "').encode())
-    short, buffer = lengths.astype(np.float16), io.BytesIO()  # 200 kB, unless two lengths become
-    if (short.argmax(axis=1) == lengths.argmax(axis=1)).all():  # equal that were not
-        lengths = short
+    buffer = io.BytesIO()
     np.save(buffer, lengths)
     write_file(out / "lengths.npy", buffer.getvalue())
     draw_all(run, lengths, images, labels, out, plain)
 
 
-def compare(runs: list[dict], args: argparse.Namespace, out: Path) -> None:
-    """The table of several runs, printed and written; runs without a report are evaluated first."""
+def compare(runs: list[dict], out: Path) -> None:
+    """The table of several runs, printed and written."""
+    for folder in (run["folder"] for run in runs if run["report"] is None):
+        raise UserError(f"{folder} has no report: first run python evaluate.py {folder}")
     if len({run["config"]["dataset"] for run in runs}) > 1:
         raise UserError("accuracies on mnist and on digits cannot be compared")
-    new = [run for run in runs if run["report"] is None]
-    places = [out / run["folder"].name if args.out else run["folder"] for run in new]
-    for place in places:
-        check_writable(place)  # not after the minutes of another run
-    for run, place in zip(new, places, strict=True):
-        evaluate_run(run, args, place)
     rows = make_rows(runs)  # several seeds: one row
     print(comparison_text(rows))
     write_file(out / "comparison.md", comparison_text(rows).encode())
@@ -606,13 +566,13 @@ def main() -> None:
     args.device = train_single.find_device(args.device)  # or one line of what is wrong
     runs = [read_run(folder) for folder in args.runs]
     out = args.out or (Path("runs/comparison") if len(runs) > 1 else args.runs[0])
-    check_writable(out)  # all mistakes that can be seen at once are told before any work
+    out.mkdir(parents=True, exist_ok=True)
     if args.image:
         read_own_digits(runs[0], args, out)
     elif len(runs) == 1:
         evaluate_run(runs[0], args, out)
     else:
-        compare(runs, args, out)
+        compare(runs, out)
     print(f"written to {out}")
 
 

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import runpy
@@ -29,7 +28,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
-from sklearn import metrics
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DistributedSampler, RandomSampler
@@ -65,7 +62,7 @@ HERE = Path(__file__).parent
 ALEX = ("--model", "alexcaps", "--dataset", "digits")
 SMALL = (*ALEX, "--train-size", 96, "--batch-size", 16)  # 6 steps an epoch
 OFFLINE = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}  # a closed port
-MODELS = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
+both_networks = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +92,7 @@ def torchrun(*arguments, launcher=(), **more):
 
 def call(script, *arguments):
     """Run a script's main in this process -> (exit code, what it printed, its error output)."""
-    output, error = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    output, error = io.StringIO(), io.StringIO()
     code, handler = 0, signal.getsignal(signal.SIGINT)
     with (
         mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)]),
@@ -112,7 +109,7 @@ def call(script, *arguments):
             signal.signal(signal.SIGINT, handler)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-    return code, *(stream.buffer.getvalue().decode() for stream in (output, error))
+    return code, output.getvalue(), error.getvalue()
 
 
 single, ddp, evaluated = (functools.partial(call, s) for s in (train_single, train_ddp, evaluate))
@@ -250,11 +247,13 @@ def test_a_primary_capsule_comes_from_one_place():
 
 
 @pytest.mark.parametrize(
-    ("network", "parameters", "n"), [(AlexCapsNet, 2_677_696, 128), (ResCapsNet, 2_022_240, 1296)]
+    ("network", "parameters", "flops", "n"),
+    [(AlexCapsNet, 2_677_696, 261_220_352, 128), (ResCapsNet, 2_022_240, 435_200_256, 1296)],
 )
-def test_shapes_and_parameter_counts(network, parameters, n):
+def test_shapes_and_counts(network, parameters, flops, n):
     model, x = network(), torch.randn(2, 1, network.side, network.side)
     assert sum(p.numel() for p in model.parameters()) == parameters
+    assert evaluate.count_flops(model) == flops
     assert model.primary(model.features(x)).shape == (2, n, 8)
     assert model(x).shape == (2, 10, 16)
     v, couplings = model.eval()(x, return_couplings=True)
@@ -265,7 +264,7 @@ def test_shapes_and_parameter_counts(network, parameters, n):
     torch.testing.assert_close(v, alone, rtol=1e-4, atol=1e-5)
 
 
-@MODELS
+@both_networks
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_finite(network, dtype):
     model = network()
@@ -273,30 +272,20 @@ def test_half_precision_stays_finite(network, dtype):
         images = torch.rand(2, 1, network.side, network.side) * x
         with torch.autocast("cpu", dtype):
             v = model(images)
-        assert v.dtype == torch.float32  # routing and lengths left half precision
         capsules.margin_loss(capsules.capsule_lengths(v), torch.tensor([1, 2])).backward()
         assert torch.isfinite(v).all()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_bfloat16_gradients_point_where_float32_ones_do():
-    """Layer by layer, after a few steps: at the very start some are differences of large sums."""
-    (images, labels), model = data.load("digits", "", "train"), AlexCapsNet()
-    optimizer = torch.optim.Adam(model.parameters())
-
-    def backward(batch, half=False):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            lengths = capsules.capsule_lengths(model(data.prepare(images[batch], model)))
-        capsules.margin_loss(lengths, labels[batch]).backward()
-        return [p.grad.double().flatten() for p in model.parameters()]
-
-    for step in range(1, 13):
-        backward(slice(32 * step, 32 * step + 32))
-        optimizer.step()
-    full, half = backward(slice(0, 32)), backward(slice(0, 32), half=True)
-    for a, b in zip(full, half, strict=True):
-        assert F.cosine_similarity(a, b, dim=0) > 0.99
+def test_routing_leaves_half_precision():
+    """Votes are products in bfloat16; all that follows is as if autocast were off."""
+    layer, u = capsules.DigitCapsules(20, 8), torch.randn(3, 20, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = layer(u)
+        votes = torch.bmm(u.transpose(0, 1), layer.weight)  # [N, B, J*D]
+    assert votes.dtype == torch.bfloat16
+    votes = votes.unflatten(2, (10, 16)).permute(1, 2, 0, 3)  # [B, J, N, D]
+    torch.testing.assert_close(v, capsules.dynamic_routing(votes), rtol=1e-5, atol=1e-6)
 
 
 # -- Data ------------------------------------------------------------------------------------------
@@ -521,7 +510,7 @@ def test_offline_first_run(tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["dataset"] == "digits" and config["train_images"] == 64
     rows = (run / "metrics.csv").read_text().splitlines()
-    assert rows[0] == ",".join(train_single.ROW) and len(rows) == 2
+    assert rows[0] == ",".join(train_single.COLUMNS) and len(rows) == 2
     assert max(len(number.split(".")[-1]) for number in rows[1].split(",")) <= 6
     assert {p.name for p in run.iterdir()} == {*train_single.RUN_FILES, ".lock"} - {"report.json"}
 
@@ -559,11 +548,6 @@ def test_torchrun_is_for_the_other_script(rank, tmp_path):
     process = run_python(*command, env=os.environ | launched)
     assert process.returncode == 2 and process.stderr.count("start train_ddp.py") == 1 - rank
     assert process.stderr.count("\n") == 1 - rank and not (tmp_path / "run").exists()
-
-
-def test_folders_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_one_line(single(*ALEX, "--run-dir", tmp_path / "file" / "run"), f"{tmp_path}/file")
 
 
 @pytest.fixture(scope="module")
@@ -606,25 +590,14 @@ def test_a_disk_that_refuses_loses_nothing(new, copy):
     assert contents(copy) == before
 
 
-HOLD_LOCK = """
-import pathlib, sys, time
-import train_single
-train_single.Run.claim(run := type("", (), {})(), pathlib.Path(sys.argv[1]), True)
-print("locked", flush=True)
-time.sleep(100)
-"""
-
-
 def test_two_runs_in_one_folder(copy):
     """The second is refused as long as the first one lives, and not a moment longer."""
-    before = contents(copy)
-    first = run_python("-c", HOLD_LOCK, copy, start=True)
-    assert first.stdout.readline() == "locked\n"
+    before, first = contents(copy), mock.Mock()
+    train_single.Run.claim(first, copy, True)
     for flags in (("--resume", copy), (*SMALL, "--run-dir", copy, "--overwrite")):
-        assert_one_line(single(*flags), "another training is writing", "torchrun train_ddp.py")
+        assert_one_line(single(*flags), "another training is writing", "wait for it")
     assert contents(copy) == before
-    first.kill()
-    first.communicate()
+    first.lock.close()  # as the kernel does when a process ends
     assert single("--resume", copy)[0] == 0
 
 
@@ -639,28 +612,6 @@ def flip_a_bit(run):
     (run / "last.pt").write_bytes(content)
 
 
-# What is done to a run, and what the line says that refuses it
-DAMAGE = [
-    (lambda run: (run / "last.pt").unlink(), "No such file"),
-    (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
-    (flip_a_bit, "last.pt is damaged"),
-    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or no"),
-    (lambda run: torch.save(Evil(), run / "last.pt"), "last.pt is damaged"),
-    (lambda run: (run / "last.pt").write_bytes(pickle.dumps(Evil())), "last.pt is damaged"),
-]
-NOT_OURS = "is no checkpoint of this network"
-WRONG_CONTENT = [  # the same, but to the dictionary in last.pt
-    (lambda c: c.update(model=ResCapsNet().state_dict()), NOT_OURS),
-    (lambda c: c.pop("scheduler"), NOT_OURS),
-    (lambda c: c["history"][0].pop("lr"), NOT_OURS),
-    (lambda c: c["config"].update(batch_size=[1]), "--batch-size"),
-    (lambda c: c["config"].update(model="vgg"), "--model"),
-    (lambda c: c["config"].update(script="ddp"), "train_ddp.py"),
-    (lambda c: c["config"].update(world_size=2), "2 process(es)"),
-    (lambda c: c.update(config=None), "damaged"),
-]
-
-
 def rewritten(change):
     """A damage that changes the dictionary in last.pt."""
 
@@ -672,9 +623,22 @@ def rewritten(change):
     return spoil
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"), [*DAMAGE, *((rewritten(change), words) for change, words in WRONG_CONTENT)]
-)
+# What is done to a run, and what the line says that refuses it
+DAMAGE = [
+    (lambda run: (run / "last.pt").unlink(), "No such file"),
+    (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
+    (flip_a_bit, "last.pt is damaged"),
+    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or no"),
+    (lambda run: torch.save(Evil(), run / "last.pt"), "last.pt is damaged"),
+    (rewritten(lambda c: c.pop("scheduler")), "last.pt is damaged, or no"),
+    (rewritten(lambda c: c.update(model=ResCapsNet().state_dict())), "no checkpoint of this net"),
+    (rewritten(lambda c: c["config"].update(model="vgg")), "--model"),
+    (rewritten(lambda c: c["config"].update(script="ddp")), "train_ddp.py"),
+    (rewritten(lambda c: c["config"].update(world_size=2)), "2 process(es)"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), DAMAGE)
 def test_a_damaged_checkpoint_is_refused(spoil, words, copy, monkeypatch):
     monkeypatch.chdir(copy)
     spoil(copy)
@@ -1099,24 +1063,12 @@ def test_wrong_use_of_train_ddp(flags, words, tmp_path, monkeypatch):
 def test_one_process_without_torchrun_and_scripts_keep_apart(copy, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")  # left over from something else: not believed alone
     assert runpy.run_path(str(HERE / "train_ddp.py"))["RANK"] == 0
-    monkeypatch.setenv("HOME", str(tmp_path))  # which the shell does not look up after "="
+    monkeypatch.setenv("HOME", str(tmp_path))  # the shell leaves ~ as it is after "="
     code, printed, _ = ddp(*TWO_RANKS, "--epochs", 1, "--run-dir=~/run")
     assert code == 0 and "AlexCapsNet in fp32 on" in printed
     one = torch.load(tmp_path / "run" / "last.pt")["history"][0]
     assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
     assert_one_line(ddp("--resume", copy), "train_single.py")
-
-
-def test_a_rank_says_what_it_waits_for_and_can_be_stopped(tmp_path):
-    left_over = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    left_over |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = (HERE / "train_ddp.py", *TWO_RANKS, "--run-dir", tmp_path)
-    job = run_python(*command, start=True, env=os.environ | left_over)
-    assert job.stdout.readline() == "loading PyTorch ...\n"
-    assert job.stdout.readline() == "rank 0 waits for the others at localhost\n"
-    time.sleep(0.5)  # now it does
-    job.send_signal(signal.SIGINT)
-    assert job.communicate(timeout=10)[1] == "" and job.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
@@ -1158,22 +1110,6 @@ def test_metrics_by_hand():
     assert report["auc"][4] == 1 and report["auc"][9] == pytest.approx(35 / 36, abs=1e-6)
     assert evaluate.wilson(19, 20) == pytest.approx((76.39, 99.11), abs=0.01)
     assert evaluate.wilson(10, 10) == pytest.approx((72.25, 100), abs=0.01)
-
-
-ALEX_CONVOLUTIONS = [(28, 1, 64, 5), (13, 64, 192, 5), (6, 192, 384, 3), (6, 384, 256, 3)]
-ALEX_CONVOLUTIONS += [(6, 256, 256, 3), (2, 256, 256, 1)]
-RES_CONVOLUTIONS = [(78, 1, 32, 3), *[(78, 32, 32, 1), (78, 32, 32, 3)] * 3, (9, 32, 128, 9)]
-
-
-@pytest.mark.parametrize(
-    ("network", "n", "convolutions"),
-    [(AlexCapsNet, 128, ALEX_CONVOLUTIONS), (ResCapsNet, 1296, RES_CONVOLUTIONS)],
-)
-def test_flops_against_a_count_by_hand(network, n, convolutions):
-    """A convolution: 2 * places * channels in * out * kernel area; a product: 2 * m * k * n."""
-    flops = sum(2 * side**2 * a * b * kernel**2 for side, a, b, kernel in convolutions)
-    votes, sums = 2 * n * 8 * 160, 2 * n * 160  # the sums of iterations 2 and 3 are products, too
-    assert evaluate.count_flops(network().eval()) == flops + votes + 2 * sums
 
 
 class Routed(Net, torch.nn.Module):
@@ -1239,7 +1175,7 @@ def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
     run, printed = reported
     report = json.loads((run / "report.json").read_text())
     assert f"test accuracy {report['accuracy']:.2f} %" in printed
-    # every test image exactly once, against scikit-learn on another path through the network
+    # every test image exactly once, on another path through the network
     model = AlexCapsNet().eval()
     model.load_state_dict(weights(run, "best.pt"))
     images, labels = data.load("digits", "", "test")
@@ -1248,10 +1184,7 @@ def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
         turned = model(data.prepare(images, model, torch.full([360], 30.0))).norm(dim=2)
     torch.testing.assert_close(evaluate.predict(model, images, 100, angle=30), turned)
     assert report["test_images"] == len(labels) == np.sum(report["confusion"]) == 360
-    accuracy = metrics.accuracy_score(labels, lengths.argmax(dim=1))
-    assert report["accuracy"] == pytest.approx(100 * accuracy, abs=1e-3)
-    auc = metrics.roc_auc_score(np.eye(10)[labels], lengths, average=None)
-    np.testing.assert_allclose(report["auc"], auc, atol=1e-4)
+    assert report["errors"] == (lengths.argmax(dim=1) != labels).sum()
     # without weights, all is drawn anew from what is kept: the same pictures, and only in --out
     archive = Path(shutil.copytree(run, tmp_path / "archive"))
     for name in ("best.pt", "last.pt", *(f"{name}.png" for name in PICTURES)):
@@ -1268,22 +1201,15 @@ def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
     assert contents(archive) == before
 
 
-def test_what_cannot_be_written_is_known_before_any_work(reported, tmp_path, monkeypatch):
-    run, _ = reported
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate, "load_network", lambda *_: pytest.fail("worked first"))
-    for runs in ([run], [run, shutil.copytree(run, tmp_path / "b")], [run, "--image", "x.png"]):
-        result = evaluated(*runs, "--out", tmp_path / "file" / "out")
-        assert_one_line(result, "cannot write to", "--out")
-
-
 def test_seeds_make_one_row(reported, tmp_path):
     out, accuracies = tmp_path / "out", (99.0, 99.2, 99.7)
-    folders = [archived(reported, tmp_path / str(k), k, a) for k, a in enumerate(accuracies)]
+    folders = [  # on three machines
+        archived(reported, tmp_path / str(k), k, accuracy, hardware=f"{k} CPU threads")
+        for k, accuracy in enumerate(accuracies)
+    ]
     folders.append(archived(reported, tmp_path / "other", lr=0.01))
-    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}  # a terminal that cannot print ±
-    process = run_python(HERE / "evaluate.py", *folders, "--out", out, env=ascii)
-    assert process.returncode == 0, process.stderr
+    code, printed, error = evaluated(*folders, "--out", out)
+    assert code == 0, error
     with open(out / "comparison.csv", newline="") as file:
         rows = {row["n"]: row for row in csv.DictReader(file)}
     assert float(rows["3"]["accuracy"]) == pytest.approx(99.3)
@@ -1291,7 +1217,7 @@ def test_seeds_make_one_row(reported, tmp_path):
     assert float(rows["3"]["accuracy_std"]) == pytest.approx(math.sqrt(0.13))
     assert rows["1"]["accuracy_std"] == "" and "lr 0.01" in rows["1"]["name"]
     text = (out / "comparison.md").read_text()
-    assert "99.30 ± 0.36" in text and text.replace("±", "?") in process.stdout
+    assert "99.30 ± 0.36" in text and text in printed
     assert max(map(len, text.splitlines())) <= 100 and (out / "comparison.png").exists()
     # what all have in common stands above, and rows are as wide as their heading
     assert "360 test images: digits, AlexCapsNet, one device, 2 epochs" in text
@@ -1300,93 +1226,26 @@ def test_seeds_make_one_row(reported, tmp_path):
     assert {line.split()[1] for line in lines[2:]} >= {"lr"}, lines
 
 
-def broken_json(text):
-    """(entry, text): each entry missing or wrong, one after the other."""
-    yield from (("all", damaged) for damaged in ("", "{", "[]", "[1]", "null"))
-    for name in (entries := json.loads(text)):
-        rest = {k: v for k, v in entries.items() if k != name}
-        kind = 1 if name in (*evaluate.WORDS, "data_dir") else "x"
-        for changed in (rest, *(rest | {name: v} for v in (None, kind, [1], {}, -1, math.nan))):
-            yield name, json.dumps(changed)
-
-
-def broken_csv(text):
-    header, first, *others = text.splitlines()
-    yield from (("all", damaged) for damaged in ("", "epoch,loss\n1,2\n", header))
-    cells = first.split(",")
-    for k, value in itertools.product(range(1, len(cells)), ("", "nan", "-1", "x", "inf")):
-        yield str(k), "\n".join([header, ",".join([*cells[:k], value, *cells[k + 1 :]]), *others])
-
-
-@pytest.mark.parametrize("file", ["config.json", "metrics.csv", "report.json"])
-def test_a_damaged_archive_is_one_line(file, reported, tmp_path, monkeypatch):
-    """Never a traceback, and never believed, but for entries that evaluate.py does not ask for."""
+def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "draw_all", lambda *_: None)
-    archive, believed = archived(reported, tmp_path / "archive"), set()
-    for name, text in (broken_csv if "csv" in file else broken_json)((archive / file).read_text()):
-        (archive / file).write_text(text)
-        result = evaluated(archive, "--out", tmp_path / "out")
-        if result[0]:
-            assert_one_line(result)
-        else:
-            believed.add(name)
-    assert believed <= {"device", "dry_run", "train_size", "effective_batch", "sync_bn"}
-
-
-def test_a_report_of_another_run_is_not_believed(reported, tmp_path):
-    run, out = archived(reported, tmp_path / "run"), tmp_path / "out"
-    report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps(report | {"kept_val_accuracy": 3.0}))
-    assert_one_line(evaluated(run, "--out", out), "report.json", "best epoch")
+    run = archived(reported, tmp_path / "run")
+    for name in ("config.json", "metrics.csv", "report.json", "lengths.npy"):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        assert_one_line(evaluated(run))
+        if name != "lengths.npy":
+            (run / name).write_bytes(content[:100])
+            assert_one_line(evaluated(run))
+        (run / name).write_bytes(content)
+    assert evaluated(run)[0] == 0
+    assert_one_line(evaluated(run, "--plain", run / "metrics.csv"), "metrics.csv is no report")
     assert_one_line(evaluated(run, run), "given twice")
-    shutil.copy(reported[0] / "best.pt", run / "best.pt")
     rows = (run / "metrics.csv").read_text().splitlines()
     (run / "metrics.csv").write_text("\n".join([*rows, "3,0.1,99,0.1,99.9,0.001,1"]))
-    assert_one_line(evaluated(run, "--out", out), "not of the best epoch", "resume the run first")
-    (run / "best.pt").write_bytes(b"?")
-    assert_one_line(evaluated(run, "--out", out), "best.pt is damaged")
-
-
-def test_lengths_and_plain_reports_are_checked(reported, tmp_path, monkeypatch):
-    run, plain_json = archived(reported, tmp_path / "run"), tmp_path / "plain.json"
-    monkeypatch.setattr(evaluate, "draw_all", drawn := mock.Mock())
-    shutil.copy(run / "report.json", plain_json)
-    assert evaluated(run, "--plain", plain_json)[0] == 0
-    assert drawn.call_args.args[-1] == evaluate.at_angles(json.loads(plain_json.read_text()))
-    drawn.side_effect = data.UserError("the disk is full")  # figures come before pictures
-    result = evaluated(run)
-    assert_one_line(result, "the disk is full")
-    assert "test accuracy 99.00 %" in result[1] and "macro avg" in result[1]
-    for text in ("", "[]", '{"rotation": [1]}'):
-        plain_json.write_text(text)
-        assert_one_line(evaluated(run, "--plain", plain_json), "cannot be drawn")
-    whole = np.load(run / "lengths.npy")
-    assert whole.dtype == np.float16 and whole.shape == (360, 10)
-    for wrong in (whole[:, ::-1], whole[:-1], whole[0], np.array({}, dtype=object)):
-        np.save(run / "lengths.npy", wrong)
-        assert_one_line(evaluated(run), "cannot be drawn")
-    (run / "lengths.npy").write_text("?")
-    assert_one_line(evaluated(run), "cannot be drawn")
-    (run / "lengths.npy").unlink()
-    assert_one_line(evaluated(run), "cannot be drawn", "lengths.npy")
-
-
-def test_runs_without_a_report_are_evaluated_first(reported, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "draw_all", lambda *_: None)
-    new, old = Path(shutil.copytree(reported[0], tmp_path / "new")), tmp_path / "old"
-    (new / "report.json").unlink()
-    archived(reported, old, seed=1)
-    before = contents(new)
-    code, printed, error = evaluated(new, old, "--out", tmp_path / "out")
-    assert code == 0 and "macro avg" in printed, error
-    assert contents(new) == before and (tmp_path / "out" / "new" / "report.json").exists()
-    monkeypatch.chdir(tmp_path)
-    assert evaluated(new, old)[0] == 0
-    assert (new / "report.json").exists() and (tmp_path / "runs" / "comparison").is_dir()
-    monkeypatch.setattr(evaluate, "evaluate_run", None)  # now it has one
-    assert evaluated(new, old)[0] == 0
-    (old / "report.json").unlink()
-    assert_one_line(evaluated(new, old), "old has no best.pt")
+    assert_one_line(evaluated(run), "neither best.pt nor a report of its best epoch")
+    shutil.copy(reported[0] / "best.pt", run / "best.pt")  # which is no longer the best
+    assert_one_line(evaluated(run), "not of the best epoch", "resume the run first")
+    assert_one_line(evaluated(run, reported[0]), "has no report", f"evaluate.py {run}")
 
 
 def test_pictures_compare_whole_runs(reported, tmp_path, monkeypatch):
@@ -1455,35 +1314,27 @@ def test_capsule_formulations_agree():
     found["einsum"] = lambda: precisions.append(torch.get_float32_matmul_precision()) or run()
     benchmark.check_same(found)
     assert precisions == ["highest"] == [torch.get_float32_matmul_precision()]
-    for wrong in ((v * 1.01, du, dw), (v, du * 1.01, dw), (v, du, dw.flip(0))):
-        found["tiled weights"] = lambda wrong=wrong: wrong
-        with pytest.raises(AssertionError):  # the check can fail
-            benchmark.check_same(found)
 
 
 def test_quick_benchmark_writes_json(tmp_path):
-    """In parts, each of which leaves the file's other parts alone; results/ stays as it is."""
-    before = (HERE / "results" / "speed-cpu.json").read_bytes()
+    """In parts, each of which leaves the file's other parts alone."""
     file = tmp_path / "speed-cpu.json"
     file.write_text('{"steps": {"hardware": "", "torch": "", "rows": []}}')
-    quick = ("--quick", "--device", "cpu", "--only")
     for part in ("capsules", "data", "scaling"):
-        code, printed, error = call(benchmark, *quick, part, "--out", tmp_path)
+        quick = ("--quick", "--device", "cpu", "--only", part, "--out", tmp_path)
+        code, printed, error = call(benchmark, *quick)
         assert code == 0, error
     result = json.loads(file.read_text())
     assert list(result) == ["steps", "capsules", "data", "scaling"]
     assert tables.speed_text(result) in printed
     layers = result["capsules"]["rows"]  # 3 formulations, freed memory given back or kept
     assert len(layers) == 6 and all(row["ms"] > 0 for row in layers)
-    assert [row["network"] for row in result["data"]["rows"]] == ["alexcaps", "rescaps"]
     rows = result["scaling"]["rows"]
     kinds = [(row["network"], row["precision"]) for row in rows]
     assert kinds == list(itertools.product(("alexcaps", "rescaps"), ("fp32", "bf16")))
     for row in rows:
         assert all(len(row[name]) == 2 and min(row[name]) > 0 for name in ("one", "apart", "ddp"))
     assert socket.gethostname() not in file.read_text() and str(HERE) not in file.read_text()
-    assert call(benchmark, *quick, "steps")[0] == 0
-    assert (HERE / "results" / "speed-cpu.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -1524,8 +1375,7 @@ def test_a_plain_network_is_trained_and_evaluated_by_the_scripts(tmp_path, monke
     assert row["val_loss"] == pytest.approx(F.cross_entropy(*scores["validation"]).item(), rel=1e-4)
     report, (logits, labels) = json.loads((run / "report.json").read_text()), scores["test"]
     assert report["errors"] == (logits.argmax(dim=1) != labels).sum().item()
-    auc = metrics.roc_auc_score(np.eye(10)[labels], logits, average=None)
-    assert report["auc"] == pytest.approx(auc, abs=1e-4) and report["test_images"] == 360
+    assert report["test_images"] == 360
     assert len(report["rotation"]["accuracy"]) == 13 and "coupling_to_true" not in report
 
 
@@ -1615,17 +1465,18 @@ def run_to_keep(folder, curve=(98.0, 99.0), accuracy=99.0, **changes):
     folder.mkdir(parents=True)
     config = json.loads((HERE / "results" / "alexcaps-single" / "config.json").read_text())
     config |= {"epochs": len(curve), "data_dir": str(folder)} | changes
-    report = {"kept_epoch": 1 + curve.index(max(curve)), "accuracy": accuracy, "errors": 100}
+    report = {"kept_epoch": 1 + curve.index(max(curve)), "kept_val_accuracy": max(curve)}
+    report |= {"accuracy": accuracy, "errors": 100}
     report |= {"test_images": 10_000, "parameters": 1, "flops_per_image": 1}
     angles = {str(angle): 100 - abs(angle) for angle in evaluate.ANGLES}
     report |= {"interval_95": [98, 99], "rotation": {"images": 1000, "accuracy": angles}}
-    lines = [",".join(["epoch", *train_single.COLUMNS])]
+    lines = [",".join(train_single.COLUMNS)]
     lines += [f"{k},0.1,99.0,0.1,{value},0.001,60.0" for k, value in enumerate(curve, start=1)]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     (folder / "lengths.npy").write_bytes(b"lengths")
-    return tables.read(folder)
+    return evaluate.read_run(folder)
 
 
 def keep(run, overwrite=False):
@@ -1658,35 +1509,16 @@ def test_kept_runs_are_not_replaced_by_lesser_ones(tmp_path, results):
     keep(short, overwrite=True)
     assert len((kept / "metrics.csv").read_text().splitlines()) == 3
     for change in ({"dataset": "digits"}, {"epochs": 3}):  # of which two are finished
-        with pytest.raises(data.UserError, match="not of MNIST, or not finished"):
+        with pytest.raises(data.UserError, match="not of MNIST, not finished"):
             keep(run_to_keep(tmp_path / str(change), **change))
     seed = run_to_keep(tmp_path / "alexcaps-single-seed1", seed=1, accuracy=99.2)
     keep(seed)
     assert not (results / "alexcaps-single-seed1" / "lengths.npy").exists()
     (rows,) = tables.kept_rows(results).items()  # two seeds, one row
     assert rows[0] == "alexcaps-single" and rows[1]["values"]["accuracy"] == [99.0, 99.2]
-    (seed["folder"] / "report.json").write_text('{"kept_epoch": 1}')
-    with pytest.raises(data.UserError, match="another epoch; run evaluate.py"):
-        tables.read(seed["folder"])
-
-
-def test_ablation_stands_beside_its_first_row(tmp_path, results):
-    for name, best, changes in (
-        ("baseline-seed0", 99.0, {}),
-        ("baseline-seed1", 99.2, {"seed": 1}),
-        ("routing-1-seed0", 98.6, {"routing_iterations": 1}),
-        ("plain-seed0", 98.0, {"model": "plain-alexcaps"}),
-    ):
-        keep(run_to_keep(tmp_path / "runs" / "ablation" / name, (97.0, best), **changes))
-    assert tables.kept_rows(results) == {}  # they have a folder of their own
-    found = tables.ablation_tables(tables.kept_rows(results / "ablation"))
-    lines = [re.sub(" +", " ", line) for line in found["ablation"].splitlines()]
-    assert len(lines) == 5
-    assert lines[2].startswith("| nothing | 2 | 99.10 ± 0.14")
-    assert lines[3].startswith("| --model plain-alexcaps | 1 | 98.00")
-    assert lines[4].startswith("| --routing-iterations 1 | 1 | 98.60")
-    half = 12.7062 * 0.1 * math.sqrt(2 * 1.5)  # t(0.975, 1); deviations of 0.1 and 0.1
-    assert f"| -1.10 ({-1.1 - half:+.2f} to {-1.1 + half:+.2f}) " in found["differences"]
+    keep(run_to_keep(tmp_path / "alexcaps-single-seed2", seed=2, lr=0.01))
+    with pytest.raises(data.UserError, match="have different settings"):
+        tables.kept_rows(results)
 
 
 # -- README.md -------------------------------------------------------------------------------------
@@ -1729,7 +1561,7 @@ def test_readme_quotes_the_code():
 
 
 def test_readme_marks_and_links_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+    for link in re.findall(r"\]\(([^)#:]+)[)#]", README):
         assert (HERE / link).exists(), link
     for name in re.findall(r"`(test_\w+)", README):
-        assert f"def {name}" in Path(__file__).read_text(), name
+        assert f"def {name}(" in Path(__file__).read_text(), name

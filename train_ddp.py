@@ -6,8 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-id=JOB \\
         --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps   on each of 2
 
-On 2 CPU cores AlexCapsNet has 99.6 % of the test digits after 20 times 71 s.
-
+On 2 CPU cores 20 epochs of AlexCapsNet take 71 s each: 99.6 % in the test.
 Open train_single.py beside it: the loop is the same, and what does not change
 is imported. What distribution (DDP:) or mixed precision (AMP:) adds is marked:
 
@@ -199,7 +198,7 @@ def plan(parser, lasting: dist.Store) -> tuple:
     on_cpu = config["device"] == "cpu"
     config["precision"] = config["precision"] or ("bf16" if on_cpu else "fp16")  # AMP:
     if on_cpu and config["precision"] == "fp16":
-        raise UserError("--precision fp16 needs a GPU: on the CPU use bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU: a run on the CPU begins with bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
         raise UserError("--sync-bn needs GPUs, and does not go with --compile")
     return config, str(folder), resume, may_hold_run
@@ -254,7 +253,8 @@ def main() -> None:
     ready = agree(store, "ready", lambda: prepare(config, Path(folder), *rest))  # DDP:
     run, train_set, validation_set = ready
     if RANK == 0:  # DDP: as all ranks are ready
-        command = f"torchrun --nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"
+        nodes = "" if WORLD_SIZE == LOCAL_WORLD_SIZE else "--nnodes=... "
+        command = f"torchrun {nodes}--nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"
         train_single.begin(run, Path(folder), train_set, command)
         lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
     ddp = wrap(run)  # DDP:

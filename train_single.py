@@ -106,7 +106,8 @@ def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = Fal
     look(numbers) brings them to the CPU, which has to wait there until the device has done all
     steps so far: too dear for every step, but a progress bar and a loss that is no number need it.
     """
-    step, looked, due = 0, time.perf_counter(), 1  # step and time of the last look, the next step
+    last, last_time = 0, time.perf_counter()  # step and time of the last look
+    due = 1  # step of the next one
     pace = [1, 1.0]  # steps and seconds between the last two looks, with the wait in the second
     with tqdm(total=len(loader), desc=title, leave=False, disable=hidden or None) as bar:
         for number, batch in enumerate(loader, start=1):
@@ -116,9 +117,10 @@ def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = Fal
                 # Where look adds up over ranks, all see the same numbers, hence the same next step.
                 due = number + max(1, int(LOOK_SECONDS * steps / seconds))
                 bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
-                bar.update(number - step)
+                bar.update(number - last)
                 now = time.perf_counter()
-                pace, step, looked = [number - step, now - looked], number, now
+                pace = [number - last, now - last_time]
+                last, last_time = number, now
 
 
 def finite(sums: Tensor) -> list[float]:
@@ -133,8 +135,8 @@ def finite(sums: Tensor) -> list[float]:
 
 SAVED = ("model", "optimizer", "scheduler", "scaler")
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
-COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
-ROW = {"epoch": 0} | dict.fromkeys(COLUMNS, 0.0)  # of the history: accuracies are in percent
+# Of the history; accuracies are in percent
+COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 
 class Run:
@@ -172,26 +174,20 @@ class Run:
         """The row of the best epoch so far; of equals, the earliest."""
         return max(self.history, key=lambda row: row["val_accuracy"])
 
-    def state(self) -> dict:
-        """Tensors and plain Python types: torch.load(weights_only=True) takes nothing else."""
-        parts = {name: getattr(self, name).state_dict() for name in SAVED}
-        return {"config": self.config, "history": self.history, **parts}
-
     def load(self, checkpoint: dict, path: Path) -> None:
-        """Go back to a checkpoint; UserError if it is of another network or program version."""
-        if len(checkpoint["history"]) > self.config["epochs"]:
-            raise UserError(f"--epochs is less than the {len(checkpoint['history'])} that are done")
+        """Go back to a checkpoint; UserError if it is of another network."""
+        self.history = checkpoint["history"]
+        if len(self.history) > self.config["epochs"]:
+            raise UserError(f"--epochs is less than the {len(self.history)} that are done")
         try:
             for name in SAVED:
                 getattr(self, name).load_state_dict(checkpoint[name])
-            self.history = [{k: row[k] for k in ROW} for row in checkpoint["history"]]
         except (RuntimeError, ValueError, KeyError):  # other names, or weights of other shapes
-            version = "of this network in this version of the code"
-            raise UserError(f"{path} is no checkpoint {version}") from None
+            raise UserError(f"{path} is no checkpoint of this network") from None
 
     def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
         """Add an epoch, given its sums, to the history, and go on in the schedule."""
-        row = ROW | {"epoch": len(self.history) + 1}
+        row = {"epoch": len(self.history) + 1}
         for part, sums in (("train", trained), ("val", validated)):
             loss, hits, images = finite(sums)
             row[f"{part}_loss"] = round(loss / images, 6)
@@ -212,7 +208,7 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            cure = "choose another --run-dir (several processes of one run: torchrun train_ddp.py)"
+            cure = "wait for it, or choose another --run-dir"
             raise UserError(f"another training is writing to {folder}: {cure}") from None
         # Asked under the lock: two that start at once cannot both find the folder empty.
         if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
@@ -223,8 +219,11 @@ class Run:
 
         best.pt comes before last.pt: a stop between them repeats the epoch, and ends the same.
         """
+        # Tensors and plain Python types: torch.load(weights_only=True) takes nothing else
+        state = {name: getattr(self, name).state_dict() for name in SAVED}
+        state |= {"config": self.config, "history": self.history}
         buffer = io.BytesIO()
-        torch.save(self.state(), buffer)
+        torch.save(state, buffer)
         if self.history and self.best is self.history[-1]:
             write_file(folder / "best.pt", buffer.getvalue())
         write_file(folder / "last.pt", buffer.getvalue())
@@ -232,7 +231,8 @@ class Run:
             for name in ("best.pt", "report.json"):
                 (folder / name).unlink(missing_ok=True)
         # For people and for archived results; training never reads these two.
-        lines = [",".join(map(str, row)) for row in (ROW, *(r.values() for r in self.history))]
+        rows = [COLUMNS, *(row.values() for row in self.history)]
+        lines = [",".join(map(str, row)) for row in rows]
         write_file(folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
         write_file(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
 
@@ -269,7 +269,7 @@ def load_checkpoint(path: Path) -> dict:
         # weights_only: a pickle may run any code when it is loaded; this refuses all but tensors
         # and plain types.
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        if damaged is None and list is type(checkpoint["history"]) and checkpoint["config"].keys():
+        if damaged is None and {"config", "history", *SAVED} <= checkpoint.keys():
             return checkpoint
     raise UserError(f"{path} is damaged, or no checkpoint of this program")
 
@@ -305,7 +305,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, count = parser.add_argument, partial(number, int, 1, 10**6)
-    rate, size = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
+    rate, extent = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
     flag("--model", choices=MODELS, help="which network; needed to start a run")
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
          help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
@@ -314,8 +314,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--batch-size", type=count, metavar="N", default=32, help="per step and process (32)")
     flag("--lr", type=rate, default=1e-3, help="of Adam, times 0.7 every 2 epochs (0.001)")
     flag("--routing-iterations", type=count, metavar="N", default=3, help="of capsules (3)")
-    flag("--rotate", type=size, metavar="R", default=10.0, help="digits by up to R degrees (10)")
-    flag("--shift", type=size, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
+    flag("--rotate", type=extent, metavar="R", default=10.0, help="digits by up to R degrees (10)")
+    flag("--shift", type=extent, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
     flag("--train-size", type=count, metavar="N", help="at most the first N training images")
     flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
@@ -355,15 +355,13 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
         for flag in (word.split("=")[0] for word in sys.argv[1:]):
             if flag.startswith("--") and flag not in FREE:
                 raise UserError(f"{flag} does not go with --resume: a run keeps what it began with")
-        # A resumed run is the command that began it, and what is added now: the last flag wins.
-        values = {f"--{k.replace('_', '-')}": recorded.get(k) for k in vars(args)}
-        values = {k: v for k, v in values.items() if v is not None and v is not False}
-        words = [flag if value is True else f"{flag}={value}" for flag, value in values.items()]
-        args = parser.parse_args(words + sys.argv[1:])
+        # A resumed run is the command that began it, and what is added now
+        parser.set_defaults(**{k: recorded[k] for k in vars(args) if k in recorded})
+        args = parser.parse_args()
     config = vars(args) | fixed
     folder, resume, overwrite = (config.pop(name) for name in ("run_dir", "resume", "overwrite"))
-    if config["model"] is None:
-        raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
+    if config["model"] not in MODELS:
+        raise UserError(f"--model is missing, or unknown: give one of {', '.join(MODELS)}")
     config["device"] = str(find_device(config["device"]))
     processes, batches = config["world_size"], config["accumulation_steps"]
     config["effective_batch"] = config["batch_size"] * processes * batches
@@ -434,7 +432,6 @@ def print_outro(run: Run, folder: Path) -> None:
 
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug."""
-    sys.stdout.reconfigure(errors="replace")  # where the terminal cannot print a character: ?
     keep_freed_memory()
     code = 0
     try:

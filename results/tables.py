@@ -46,7 +46,7 @@ REPORT_PARAMETERS = {"alexcaps": 2_683_840, "rescaps": 2_022_272}
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95 % interval, and how many runs it rests on."""
+    """A figure with its 95 % interval, and what it rests on: seeds, rounds, images."""
 
     label: str
     value: float
@@ -163,9 +163,9 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
         if alike((*recipe, "epochs"), alex, res):
             tests = res["values"]["accuracy"], alex["values"]["accuracy"]
             found["end"].append(points(script, *tests, images=10_000))
-    if alex and res:  # of the last script: both give the same
-        flops = res["flops_per_image"] / alex["flops_per_image"]
-        found["scarce"].append(Estimate("FLOPs", flops, flops, flops, ""))
+        if alex and res:  # both scripts train the same networks: one estimate
+            flops = res["flops_per_image"] / alex["flops_per_image"]
+            found["scarce"] = [Estimate("FLOPs", flops, flops, flops, "")]
     speeds = {(row["network"], row["precision"]): row for row in scaling}
     for label, precision, contestant in (("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")):
         alex, res = (speeds.get((network, precision)) for network in REPORT_PARAMETERS)
@@ -189,30 +189,16 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
 # -- Tables ----------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> dict:
-    """A run of any network with its report; evaluate.read_run asks for couplings in it."""
-    try:
-        config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
-        lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
-        history = [{k: float(v) for k, v in line.items()} for line in lines]
-        for epoch, row in enumerate(history, start=1):
-            row["epoch"] = epoch  # a whole number, as titles print it
-        report = json.loads((folder / "report.json").read_text())
-        best = max(history, key=lambda row: row["val_accuracy"])
-        if report["kept_epoch"] != best["epoch"]:
-            raise ValueError("its report is of another epoch")
-    except evaluate.WRONG as error:
-        raise UserError(f"{folder}: {error}; run evaluate.py on it first") from None
-    return {"folder": folder, "config": config, "history": history, "best": best, "report": report}
-
-
 def kept_rows(folder: Path) -> dict[str, dict]:
-    """Runs kept in a folder as rows (evaluate.make_rows), by name without -seedN; the longest."""
+    """Runs kept in a folder as rows (evaluate.make_rows), by name without -seedN."""
     found, rows = defaultdict(list), {}
     for path in sorted(folder.glob("*/config.json")):
-        found[re.sub(r"-seed\d+$", "", path.parent.name)].append(read(path.parent))
+        name = re.sub(r"-seed\d+$", "", path.parent.name)
+        found[name].append(evaluate.read_run(path.parent))
     for name, runs in found.items():
-        rows[name] = max(evaluate.make_rows(runs), key=lambda row: (row["epochs"], row["n"]))
+        rows[name], *others = evaluate.make_rows(runs)
+        if others:
+            raise UserError(f"the seeds of {folder / name} have different settings")
     return rows
 
 
@@ -263,7 +249,8 @@ def run_table(kept: dict[str, dict]) -> str:
             "validation, %": spread(row, "val_accuracy"),
         }
         cells |= {"**test, %**": spread(row, "accuracy"), "95 %": f"{low:.2f} to {high:.2f}"}
-        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "hardware": row["hardware"]}
+        hardware = f"{row['world_size']} x {row['hardware']}".removeprefix("1 x ")
+        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "hardware": hardware}
         cells |= {"seconds an epoch": row["seconds"], "parameters": f"{row['parameters']:,}"}
         rows.append(cells)
     return table(rows)
@@ -271,8 +258,8 @@ def run_table(kept: dict[str, dict]) -> str:
 
 def ablation_tables(kept: dict[str, dict]) -> dict[str, str]:
     """One change at a time: accuracies, and how they differ from the first row's, "baseline"."""
-    images = {"val_accuracy": 5_000, "accuracy": 10_000}  # and 1,000, turned to either side
-    images |= {"turned_15": 2_000, "turned_30": 2_000, "turned_45": 2_000}
+    images = {"val_accuracy": 5_000, "accuracy": 10_000}
+    images |= {"turned_15": 2_000, "turned_30": 2_000, "turned_45": 2_000}  # 1,000 to either side
     base, values, gaps = kept.get("baseline"), [], []
     for name in sorted(kept, key=lambda name: (name != "baseline", len(name), name)):
         row = kept[name]
@@ -341,9 +328,7 @@ def fill(page: Path, tables: dict[str, str]) -> str:
     text = page.read_text()
     for name, lines in tables.items():
         start, end = f"<!-- results: {name} -->", "<!-- end -->"
-        if text.count(start) != 1:
-            raise UserError(f"{page} has {text.count(start)} places for the table {name!r}")
-        before, rest = text.split(start)
+        before, rest = text.split(start)  # there is one place for each
         text = f"{before}{start}\n\n{lines.strip()}\n\n{end}{rest.split(end, 1)[1]}"
     return text
 
@@ -355,10 +340,11 @@ def place(run: dict, overwrite: bool) -> Path:
     """Where a run will be kept; UserError if it may not be."""
     folder, config = run["folder"].absolute(), run["config"]
     target = HERE / ("ablation" if folder.parent.name == "ablation" else "") / folder.name
-    if config["dataset"] != "mnist" or len(run["history"]) < config["epochs"]:
-        raise UserError(f"{folder} is not of MNIST, or not finished: it cannot be kept")
+    whole = run["report"] and len(run["history"]) == config["epochs"]
+    if config["dataset"] != "mnist" or not whole:
+        raise UserError(f"{folder} is not of MNIST, not finished, or not evaluated: not kept")
     if (target / "config.json").exists() and not overwrite:
-        before = read(target)["config"]
+        before = evaluate.read_run(target)["config"]
         if any(config[size] < before[size] for size in ("epochs", "train_images")):
             raise UserError(f"{target} is longer or larger than {folder}: --overwrite replaces it")
     return target
@@ -395,14 +381,14 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
     flags = parser.parse_args()
     MODELS.update(plain.NETWORKS)
-    runs = [read(folder) for folder in flags.runs]
+    runs = [evaluate.read_run(folder) for folder in flags.runs]
     places = [place(run, flags.overwrite) for run in runs]  # all are checked before one is copied
     for run, target in zip(runs, places, strict=True):
         keep(run, target)
     for page, text in pages().items():
         write_file(page, text.encode())
     kept = kept_rows(HERE)
-    evaluate.compare([run for row in kept.values() for run in row["runs"]], flags, HERE)
+    evaluate.compare([run for row in kept.values() for run in row["runs"]], HERE)
     draw(kept, flags.data_dir)
 
 
