@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -128,7 +129,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     try:
         model = MODELS[config["model"]](config["routing_iterations"])
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError, TypeError):
+    except RuntimeError:  # other names or shapes
         raise UserError(f"{best} does not fit the network as it is in this repository") from None
     return model.to(device, memory_format=torch.channels_last).eval()  # [B, H, W, C]: faster
 
@@ -161,7 +162,7 @@ def report_text(run: dict) -> str:
 
 # -- 2. Several runs -------------------------------------------------------------------------------
 
-# The settings that a run may change, with what they usually are; and what else a config must hold
+# The settings that a run may change, with what they usually are
 USUAL = {"batch_size": 32, "accumulation_steps": 1, "lr": 0.001, "rotate": 10.0, "shift": 0.0}
 USUAL |= {"routing_iterations": 3, "compile": False, "sync_bn": False}
 SETTINGS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
@@ -182,7 +183,8 @@ def read_run(folder: Path) -> dict:
     try:
         config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
         if config["model"] not in MODELS:
-            raise UserError(f"{folder} is of another network, {config['model']}")
+            cure = "plain ones: python -m results.plain evaluate.py RUN"
+            raise UserError(f"{folder} is of another network, {config['model']} ({cure})")
         with open(folder / "metrics.csv", newline="") as file:
             history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         for epoch, row in enumerate(history, start=1):
@@ -222,14 +224,16 @@ def make_rows(runs: list[dict]) -> list[dict]:
     """
     groups, rows = {}, []
     for run in runs:
+        kind = run["config"]["device"].split(":")[0], len(run["history"])  # cpu or cuda
         settings = tuple(run["config"][name] for name in SETTINGS)
-        groups.setdefault((settings, len(run["history"])), []).append(run)  # alike but for the seed
+        groups.setdefault((*kind, *settings), []).append(run)  # alike but for the seed
     for group in groups.values():
         if len({run["config"]["seed"] for run in group}) < len(group):
-            raise UserError(f"{group[-1]['folder']} has settings and seed of another run")
+            folder = group[-1]["folder"]
+            raise UserError(f"{folder} has settings and seed of another run: leave one out")
         reports = [run["report"] for run in group]
         row = {"name": describe(group[0]), "n": len(group), "runs": group}
-        row |= {name: group[0]["config"][name] for name in (*SETTINGS, "hardware")}
+        row |= {name: group[0]["config"][name] for name in SETTINGS}
         row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops_per_image")}
         values = {name: [report[name] for report in reports] for name in ("accuracy", "errors")}
         values["val_accuracy"] = [run["best"]["val_accuracy"] for run in group]
@@ -237,7 +241,9 @@ def make_rows(runs: list[dict]) -> list[dict]:
         for k, angle in enumerate(ANGLES[:6]):  # the mean of either way
             values[f"turned_{-angle}"] = turned[:, [k, -1 - k]].mean(axis=1).tolist()
         # The fastest epoch: others may warm up, compile, or share the machine with other work.
-        row["seconds"] = min(epoch["seconds"] for run in group for epoch in run["history"])
+        times = [min(epoch["seconds"] for epoch in run["history"]) for run in group]
+        row["seconds"] = min(times)
+        row["hardware"] = group[times.index(min(times))]["config"]["hardware"]
         for name, numbers in values.items():
             row[name] = round(float(np.mean(numbers)), 6)
             row[f"{name}_std"] = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
@@ -259,7 +265,8 @@ def comparison_text(rows: list[dict]) -> str:
     shared = [word for word in names[0] if len(rows) > 1 and all(word in name for name in names)]
     lines = []
     for row, name in zip(rows, names, strict=True):
-        run = ", ".join(word for word in name if word not in shared) or row["hardware"]
+        run = ", ".join(word for word in name if word not in shared)
+        run = run or f"usual settings, {row['hardware']}"
         deviation = f" ± {row['accuracy_std']:.2f}" if row["n"] > 1 else ""
         test, seconds = f"{row['accuracy']:.2f}{deviation}", f"{row['seconds']:.1f}"
         interval = "{:.2f}-{:.2f}".format(*wilson(row["accuracy"] / 100 * n, n))
@@ -529,8 +536,10 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
 
 def compare(runs: list[dict], out: Path) -> None:
     """The table of several runs, printed and written."""
-    for folder in (run["folder"] for run in runs if run["report"] is None):
-        raise UserError(f"{folder} has no report: first run python evaluate.py {folder}")
+    missing = [run["folder"] for run in runs if run["report"] is None]
+    if missing:
+        first = f"first run python evaluate.py {missing[0]}"
+        raise UserError(f"{missing[0]} has no report of its best epoch: {first}")
     if len({run["config"]["dataset"] for run in runs}) > 1:
         raise UserError("accuracies on mnist and on digits cannot be compared")
     rows = make_rows(runs)  # several seeds: one row
@@ -577,4 +586,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a file's name may hold what cannot be printed
     train_single.run_main(main)

@@ -253,8 +253,8 @@ def main() -> None:
     ready = agree(store, "ready", lambda: prepare(config, Path(folder), *rest))  # DDP:
     run, train_set, validation_set = ready
     if RANK == 0:  # DDP: as all ranks are ready
-        nodes = "" if WORLD_SIZE == LOCAL_WORLD_SIZE else "--nnodes=... "
-        command = f"torchrun {nodes}--nproc_per_node={LOCAL_WORLD_SIZE} train_ddp.py"
+        flags = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
+        command = f"torchrun {flags} train_ddp.py"
         train_single.begin(run, Path(folder), train_set, command)
         lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
     ddp = wrap(run)  # DDP:

@@ -127,7 +127,8 @@ def finite(sums: Tensor) -> list[float]:
     """The sums on the CPU; UserError if the loss among them is not a finite number."""
     numbers = sums.tolist()  # CPU-GPU sync point
     if not math.isfinite(numbers[0]):
-        raise UserError(f"the loss is {numbers[0]}: try a lower --lr (for fp16: --precision bf16)")
+        cure = "begin again with a lower --lr (for fp16: --precision bf16)"
+        raise UserError(f"the loss is {numbers[0]}: {cure}")
     return numbers
 
 
@@ -182,7 +183,7 @@ class Run:
         try:
             for name in SAVED:
                 getattr(self, name).load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError):  # other names, or weights of other shapes
+        except (RuntimeError, ValueError):  # other names, or weights of other shapes
             raise UserError(f"{path} is no checkpoint of this network") from None
 
     def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
@@ -208,7 +209,7 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            cure = "wait for it, or choose another --run-dir"
+            cure = "wait for it, or begin another run in another --run-dir"
             raise UserError(f"another training is writing to {folder}: {cure}") from None
         # Asked under the lock: two that start at once cannot both find the folder empty.
         if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
@@ -247,7 +248,10 @@ class Run:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write, flush, rename: at any moment `path` holds either its old or its new content, whole."""
+    """Write, flush, rename: at any moment `path` holds its old or its new content, whole.
+
+    One writer at a time: of training, Run.claim sees to that.
+    """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         with open(scratch, "wb") as file:
@@ -352,6 +356,8 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
         script, processes = recorded.get("script"), recorded.get("world_size")
         if (script, processes) != (fixed["script"], fixed["world_size"]):
             raise UserError(f"{args.resume} needs train_{script}.py, {processes} process(es)")
+        if recorded.get("model") not in MODELS:
+            raise UserError(f"{args.resume} is of another network, {recorded.get('model')}")
         for flag in (word.split("=")[0] for word in sys.argv[1:]):
             if flag.startswith("--") and flag not in FREE:
                 raise UserError(f"{flag} does not go with --resume: a run keeps what it began with")
@@ -360,8 +366,8 @@ def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
         args = parser.parse_args()
     config = vars(args) | fixed
     folder, resume, overwrite = (config.pop(name) for name in ("run_dir", "resume", "overwrite"))
-    if config["model"] not in MODELS:
-        raise UserError(f"--model is missing, or unknown: give one of {', '.join(MODELS)}")
+    if config["model"] is None:
+        raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
     config["device"] = str(find_device(config["device"]))
     processes, batches = config["world_size"], config["accumulation_steps"]
     config["effective_batch"] = config["batch_size"] * processes * batches

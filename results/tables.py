@@ -198,7 +198,7 @@ def kept_rows(folder: Path) -> dict[str, dict]:
     for name, runs in found.items():
         rows[name], *others = evaluate.make_rows(runs)
         if others:
-            raise UserError(f"the seeds of {folder / name} have different settings")
+            raise UserError(f"{folder / name}: its seeds differ in settings; delete the wrong ones")
     return rows
 
 
@@ -382,7 +382,7 @@ def main() -> None:
     flags = parser.parse_args()
     MODELS.update(plain.NETWORKS)
     runs = [evaluate.read_run(folder) for folder in flags.runs]
-    places = [place(run, flags.overwrite) for run in runs]  # all are checked before one is copied
+    places = [place(run, flags.overwrite) for run in runs]  # before one is copied
     for run, target in zip(runs, places, strict=True):
         keep(run, target)
     for page, text in pages().items():
