@@ -309,7 +309,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, count = parser.add_argument, partial(number, int, 1, 10**6)
-    rate, extent = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
+    rate, span = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
     flag("--model", choices=MODELS, help="which network; needed to start a run")
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
          help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
@@ -318,8 +318,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     flag("--batch-size", type=count, metavar="N", default=32, help="per step and process (32)")
     flag("--lr", type=rate, default=1e-3, help="of Adam, times 0.7 every 2 epochs (0.001)")
     flag("--routing-iterations", type=count, metavar="N", default=3, help="of capsules (3)")
-    flag("--rotate", type=extent, metavar="R", default=10.0, help="digits by up to R degrees (10)")
-    flag("--shift", type=extent, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
+    flag("--rotate", type=span, metavar="R", default=10.0, help="digits by up to R degrees (10)")
+    flag("--shift", type=span, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
     flag("--train-size", type=count, metavar="N", help="at most the first N training images")
     flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
