@@ -303,9 +303,8 @@ def sooner_rows(theirs: dict, kept: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def pages() -> dict[Path, str]:
+def pages(kept: dict[str, dict]) -> dict[Path, str]:
     """Both pages as they must be: their text, and between the markers what is kept here."""
-    kept = kept_rows(HERE)
     speeds = [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"))]
     scaling = [row for speed in speeds for row in speed.get("scaling", {"rows": []})["rows"]]
     claims = judged_claims(kept, scaling)
@@ -385,9 +384,9 @@ def main() -> None:
     places = [place(run, flags.overwrite) for run in runs]  # before one is copied
     for run, target in zip(runs, places, strict=True):
         keep(run, target)
-    for page, text in pages().items():
-        write_file(page, text.encode())
     kept = kept_rows(HERE)
+    for page, text in pages(kept).items():
+        write_file(page, text.encode())
     evaluate.compare([run for row in kept.values() for run in row["runs"]], HERE)
     draw(kept, flags.data_dir)
 
