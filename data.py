@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 VALIDATION_SIZE = {"mnist": 5000, "digits": 200}
-SPLIT_SEED = 20171026  # of the validation part, for every --seed: or runs could not be compared
+SPLIT_SEED = 20171026  # of the validation part, whatever --seed: else runs could not be compared
 SILENCE_SECONDS = 15  # a download that brings no byte for this long is given up
 # MNIST's files, unpacked, and their checksums. FashionMNIST has the same names and sizes: only the
 # content tells them apart.
@@ -110,11 +110,7 @@ def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
         download_mnist(data_dir)
         return "mnist", ""
     except UserError as error:
-        raw = Path("MNIST") / "raw"
-        places = (Path(data_dir), Path(data_dir) / raw)
-        found = sorted(str(f.relative_to(data_dir)) for p in places for f in p.glob("*ubyte*"))
-        reason = f"{data_dir} has no {', no '.join(str(raw / name) for name in missing)}"
-        reason += f" (but it has {', '.join(found)})" if found else ""
+        reason = f"{data_dir} has no {', no '.join(f'MNIST/raw/{name}' for name in missing)}"
         if choice == "auto":
             return "digits", f"{reason}, and {error}"
         raise UserError(
@@ -183,9 +179,9 @@ def prepare(
         cos, sin = angle.cos(), angle.sin()
         # grid_sample's coordinates run from -1 to 1, so a pixel is 2 / 28 wide
         right, down = (zero, zero) if shifts is None else (shifts * (2 / x.shape[-1])).unbind(1)
-        # Each OUTPUT place (x, y) asks where it comes from: (x cos - y sin, x sin + y cos), and
-        # before the shift, `right` further left. The y axis points down, hence this matrix turns
-        # the picture counter-clockwise.
+        # Each OUTPUT place (x, y) asks where it comes from: (x cos - y sin, x sin + y cos), and, as
+        # the shift came first, from `right` further left. The y axis points down, hence this matrix
+        # turns the picture counter-clockwise.
         theta = torch.stack([cos, -sin, -right, sin, cos, -down], dim=1).view(-1, 2, 3)
         grid = F.affine_grid(theta, [len(x), 1, model.side, model.side], align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -201,8 +197,8 @@ class DigitBatches(Dataset):
     """Labelled digits that a DataLoader asks for by whole batches.
 
     With `rotate` or `shift` > 0 every image has one angle and one shift per epoch, drawn together
-    for ALL images from (seed, epoch) and indexed by image: who computes an image does not change
-    what it looks like.
+    for ALL images from (seed, epoch) and indexed by image: which process computes an image does not
+    change what it looks like.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, model, device, rotate=0.0, shift=0.0):
@@ -224,7 +220,8 @@ class DigitBatches(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A DataLoader calls this once per batch instead of __getitem__ once per image."""
-        device = self.labels.device  # from pinned memory the copy to a GPU keeps no one waiting
+        device = self.labels.device
+        # From pinned memory the copy to a GPU keeps no one waiting
         chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
         chosen = chosen.to(device, non_blocking=True)
         images, labels = self.images[chosen], self.labels[chosen]

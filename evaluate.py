@@ -123,6 +123,9 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
 def load_network(run: dict, device: torch.device) -> nn.Module:
     """The network of a run with the weights of its best epoch, ready to evaluate."""
     config, best = run["config"], run["folder"] / "best.pt"
+    # Training may use TF32 on a GPU; a report may not: 10 bits of mantissa instead of 23.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     checkpoint = train_single.load_checkpoint(best)
     if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
         raise UserError(f"{best} is not of the best epoch in metrics.csv: resume the run first")
@@ -167,7 +170,6 @@ USUAL = {"batch_size": 32, "accumulation_steps": 1, "lr": 0.001, "rotate": 10.0,
 USUAL |= {"routing_iterations": 3, "compile": False, "sync_bn": False}
 SETTINGS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
 SETTINGS += tuple(USUAL)  # runs alike in all of this are one row
-WRONG = (OSError, ValueError, KeyError, TypeError)  # what a file raises that is none of ours
 
 
 def at_angles(report: dict) -> list[float]:
@@ -189,14 +191,14 @@ def read_run(folder: Path) -> dict:
             history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         for epoch, row in enumerate(history, start=1):
             row["epoch"] = epoch  # a whole number
+        if not history:
+            raise UserError(f"{folder} has no finished epoch yet: --resume goes on with it")
         best = max(history, key=lambda row: row["val_accuracy"])  # in best.pt; the earliest
         file = folder / "report.json"
         report = json.loads(file.read_text()) if file.exists() else {}
         kept = report.get("kept_epoch"), report.get("kept_val_accuracy")
-    except WRONG as error:
-        raise UserError(
-            f"{folder} holds no run with a finished epoch, or is damaged: {error}"
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a file that is none of ours
+        raise UserError(f"{folder} holds no run, or is damaged: {error}") from None
     if kept != (best["epoch"], best["val_accuracy"]):
         if not (folder / "best.pt").exists():
             raise UserError(f"{folder} has neither best.pt nor a report of its best epoch")
@@ -207,13 +209,16 @@ def read_run(folder: Path) -> dict:
 def describe(run: dict) -> str:
     """What tells a run from others, but for the seed: "AlexCapsNet, one device, 20 epochs"."""
     config, epochs = run["config"], len(run["history"])
-    many = f"{config['world_size']} processes in {config['precision']}"
+    n, precision = config["world_size"], config["precision"]
+    many = f"{n} process{'es' * (n > 1)} in {precision}"
     place = "one device" if config["script"] == "single" else many
     words = [MODELS[config["model"]].__name__, place]
+    words += ["GPU"] if config["device"].startswith("cuda") else []
     for name, usual in USUAL.items():
         if config[name] != usual:
             words.append(f"{name.replace('_', ' ')} {config[name]:g}")
-    of = f" of {config['train_images']:,} images" if config.get("train_size") else ""
+    images, size = config["dataset"].replace("mnist", "images"), f"{config['train_images']:,}"
+    of = f" of {size} {images}" if config.get("train_size") or images == "digits" else ""
     return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}{of}"])
 
 
@@ -259,14 +264,19 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in padded)
 
 
+def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
+    """What all rows have in common, word by word, and what each row is called beside that."""
+    words = [row["name"].split(", ") for row in rows]
+    shared = [word for word in words[0] if len(rows) > 1 and all(word in name for name in words)]
+    rest = [", ".join(word for word in name if word not in shared) for name in words]
+    usual = [f"usual settings, {row['hardware']}" for row in rows]
+    return shared, [name or other for name, other in zip(rest, usual, strict=True)]
+
+
 def comparison_text(rows: list[dict]) -> str:
     """comparison.md: few columns, for a terminal; what all rows have in common stands above."""
-    n, names = rows[0]["test_images"], [row["name"].split(", ") for row in rows]
-    shared = [word for word in names[0] if len(rows) > 1 and all(word in name for name in names)]
-    lines = []
-    for row, name in zip(rows, names, strict=True):
-        run = ", ".join(word for word in name if word not in shared)
-        run = run or f"usual settings, {row['hardware']}"
+    n, (shared, names), lines = rows[0]["test_images"], short_names(rows), []
+    for row, run in zip(rows, names, strict=True):
         deviation = f" ± {row['accuracy_std']:.2f}" if row["n"] > 1 else ""
         test, seconds = f"{row['accuracy']:.2f}{deviation}", f"{row['seconds']:.1f}"
         interval = "{:.2f}-{:.2f}".format(*wilson(row["accuracy"] / 100 * n, n))
@@ -337,7 +347,7 @@ def draw_confusion(report: dict) -> tuple:
         axis.text(j, i, confusion[i, j], ha="center", va="center")
     axis.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     axis.grid(False)
-    return figure, f"{report['errors']} errors in {report['test_images']:,} test digits"
+    return figure, f"{report['errors']} errors (coloured) in {report['test_images']:,} test digits"
 
 
 def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
@@ -403,7 +413,7 @@ def draw_rotation(report: dict, trained: float, plain: list | None) -> tuple:
     low, high = np.transpose([wilson(value * n / 100, n) for value in values])
     figure, axis = plt.subplots(figsize=(11, 7))
     axis.axvspan(-trained, trained, color="#E69F00", alpha=0.3, label=f"trained: ±{trained:g}°")
-    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label="95 % interval")
+    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label="95 %, images alone")
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
     if plain:
         axis.plot(ANGLES, plain, "k--", label="plain CNN")
@@ -421,11 +431,11 @@ def draw_routing(report: dict, images: np.ndarray) -> tuple:
         figure, axes = plt.subplots(2, 5, figsize=(13, 6))
         most = np.abs(maps - 0.1).max() + 1e-5
         places = 28 / 78 * 8 * np.arange(10)  # a place is 8 of 78 pixels wide
-        for axis, values, digits in zip(axes.flat, maps, np.split(images, 10), strict=True):
+        for digit, axis, values in zip(range(10), axes.flat, maps, strict=True):
             norm = {"vmin": 0.1 - most, "vmax": 0.1 + most}  # around an equal share, in white
             shown = axis.pcolormesh(places, places, values.reshape(9, 9), cmap="RdBu_r", **norm)
-            axis.contour(digits.mean(axis=0), [80], colors="black")
-            axis.set(xticks=[], yticks=[], xlim=(0, 27), ylim=(27, 0))
+            axis.contour(np.split(images, 10)[digit].mean(axis=0), [80], colors="black")
+            axis.set(title=digit, xticks=[], yticks=[], xlim=(0, 27), ylim=(27, 0))
         figure.colorbar(shown, ax=axes, label="coupling to the true digit")
     else:
         figure, axis = plt.subplots(figsize=(11, 7))
@@ -445,17 +455,23 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
     if not rows:
         return
     figure, axes = plt.subplots(1, 2, figsize=(13, 6 + 0.3 * len(rows)), sharey=True)
-    for k, row in enumerate(rows):
+    shared, names = short_names(rows)
+    for k, (row, name) in enumerate(zip(rows, names, strict=True)):
         curves = [[epoch["val_accuracy"] for epoch in run["history"]] for run in row["runs"]]
-        style = {"color": COLOURS[k % 7], "marker": "os^vD"[k % 5], "label": row["name"]}
+        style = {
+            "color": COLOURS[k % 7],
+            "marker": "os^vD"[k % 5],
+            "label": f"{name}, n = {row['n']}",
+        }
         epochs = np.arange(1, row["epochs"] + 1)
         draw_accuracy(axes[0], epochs, curves, **style)
         draw_accuracy(axes[1], epochs * row["seconds"] / 60, curves, **style)
     axes[0].locator_params(axis="x", integer=True)
     axes[0].set_xlabel("epoch")
-    axes[1].set(xlabel="minutes of training (epochs x the fastest)", xlim=(0, None), ylabel="")
+    axes[1].set(xlabel="minutes, each epoch like the fastest", xlim=(0, None), ylabel="")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")  # below both
-    save(figure, "Validation accuracy over epochs and over time", file)
+    text = "Validation accuracy over epochs and over time"
+    save(figure, ", ".join([text, *shared]), file)
 
 
 # -- 4. Your own digits ----------------------------------------------------------------------------
@@ -509,13 +525,8 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
 
 def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
     """Print the report of a run, and write it to `out` with all pictures."""
-    folder, config, plain = run["folder"], run["config"], None
+    folder, config = run["folder"], run["config"]
     images, labels = load(config["dataset"], args.data_dir or config["data_dir"], "test")
-    if args.plain:
-        try:
-            plain = at_angles(json.loads(args.plain.read_text()))
-        except WRONG as error:
-            raise UserError(f"{args.plain} is no report: {error}") from None
     if (folder / "best.pt").exists():
         model, chosen = load_network(run, args.device), first_of_each_class(labels, ROUTED)
         run["report"], lengths = measure(run, model, images, labels)
@@ -531,7 +542,7 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, lengths)
     write_file(out / "lengths.npy", buffer.getvalue())
-    draw_all(run, lengths, images, labels, out, plain)
+    draw_all(run, lengths, images, labels, out)
 
 
 def compare(runs: list[dict], out: Path) -> None:
@@ -561,17 +572,13 @@ def main() -> None:
     flag("runs", nargs="+", type=file, metavar="RUN", help="folder of a run")
     flag("--image", nargs="+", type=file, metavar="FILE", help="own digits")
     flag("--out", type=file, metavar="DIR", help="write here and nowhere else")
-    flag("--plain", type=file, metavar="JSON", help="report of a plain CNN, for rotation.png")
     flag("--data-dir", type=file, metavar="DIR", help="holds MNIST/raw; else as in training")
     flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
     args = parser.parse_args()
     if len({folder.resolve() for folder in args.runs}) < len(args.runs):
         parser.error("the same run is given twice")
-    if len(args.runs) > 1 and (args.image or args.plain):
-        parser.error("--image and --plain go with one run")
-    # Training may use TF32 on a GPU; a report may not: 10 bits of mantissa instead of 23.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    if len(args.runs) > 1 and args.image:
+        parser.error("--image goes with one run")
     args.device = train_single.find_device(args.device)  # or one line of what is wrong
     runs = [read_run(folder) for folder in args.runs]
     out = args.out or (Path("runs/comparison") if len(runs) > 1 else args.runs[0])

@@ -56,7 +56,8 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     """
     model, optimizer, config, epoch = run.model, run.optimizer, run.config, len(run.history) + 1
     dataset.set_epoch(config["seed"], epoch)  # draws this epoch's angles
-    # Not shuffle=True: with a generator of its own, the order follows from (seed, epoch) alone.
+    # The order follows from (seed, epoch) alone. (shuffle=True would draw another number first, and
+    # so give another order than DistributedSampler in train_ddp.py.)
     generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
     sampler = RandomSampler(dataset, generator=generator)
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
@@ -103,12 +104,13 @@ def tally(loss: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
 def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = False):
     """Hand out the loader's batches, and look at the sums about every half second.
 
-    look(numbers) brings them to the CPU, which has to wait there until the device has done all
-    steps so far: too dear for every step, but a progress bar and a loss that is no number need it.
+    On a first reading take watch(loader, ...) for loader. look(numbers) brings the sums to the CPU,
+    which has to wait there until the device has done all steps so far: too dear for every step, but
+    a progress bar needs it, and a run whose loss has become nan should stop.
     """
     last, last_time = 0, time.perf_counter()  # step and time of the last look
     due = 1  # step of the next one
-    pace = [1, 1.0]  # steps and seconds between the last two looks, with the wait in the second
+    pace = [1, 1.0]  # steps and seconds between the last two looks, the wait included
     with tqdm(total=len(loader), desc=title, leave=False, disable=hidden or None) as bar:
         for number, batch in enumerate(loader, start=1):
             yield batch  # the caller's loop body runs here, and adds the batch to `sums`
@@ -211,6 +213,9 @@ class Run:
         except BlockingIOError:
             cure = "wait for it, or begin another run in another --run-dir"
             raise UserError(f"another training is writing to {folder}: {cure}") from None
+        except OSError as error:  # some network disks have no locks
+            cure = "take a --run-dir on another disk"
+            raise UserError(f"{folder} cannot be locked, {error.strerror}: {cure}") from None
         # Asked under the lock: two that start at once cannot both find the folder empty.
         if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
             raise UserError(f"{folder} holds a run: --resume goes on, --overwrite replaces it")
@@ -474,4 +479,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0")
+    run_main(main)

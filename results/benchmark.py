@@ -274,7 +274,9 @@ def hardware(device: torch.device) -> str:
 
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=style
+    )
     parser.add_argument("--only", choices=PARTS, help="measure one part")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny and uncompiled, to try it out")

@@ -361,9 +361,8 @@ def keep(run: dict, target: Path) -> None:
         write_file(target / lengths.name, lengths.read_bytes())
 
 
-def draw(kept: dict[str, dict], data_dir: str) -> None:
+def draw(kept: dict[str, dict], images, labels) -> None:
     """The pictures of all runs with lengths.npy here, with a plain CNN's line where it is kept."""
-    images, labels = load("mnist", data_dir, "test")
     for name, row in kept.items():
         run, other = row["runs"][0], kept.get(f"plain-{name}")
         angles = evaluate.at_angles(other["runs"][0]["report"]) if other else None
@@ -374,12 +373,15 @@ def draw(kept: dict[str, dict], data_dir: str) -> None:
 
 def main() -> None:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=style
+    )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="keep this run first")
     parser.add_argument("--overwrite", action="store_true", help="replace longer kept runs, too")
     parser.add_argument("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
     flags = parser.parse_args()
     MODELS.update(plain.NETWORKS)
+    images, labels = load("mnist", flags.data_dir, "test")  # or nothing is written
     runs = [evaluate.read_run(folder) for folder in flags.runs]
     places = [place(run, flags.overwrite) for run in runs]  # before one is copied
     for run, target in zip(runs, places, strict=True):
@@ -388,7 +390,7 @@ def main() -> None:
     for page, text in pages(kept).items():
         write_file(page, text.encode())
     evaluate.compare([run for row in kept.values() for run in row["runs"]], HERE)
-    draw(kept, flags.data_dir)
+    draw(kept, images, labels)
 
 
 if __name__ == "__main__":
