@@ -107,8 +107,8 @@ class DigitCapsules(nn.Module):
     def __init__(self, n: int, i: int, j: int = 10, d: int = 16, iterations: int = 3):
         super().__init__()
         self.j, self.d, self.iterations = j, d, iterations
-        # n, i, j, d are the sizes N, I, J, D. Each primary capsule has its W_i1 .. W_iJ side by
-        # side, each transposed, [I, D]: one product makes all its J votes.
+        # n, i, j, d are the sizes N, I, J, D. Each primary capsule has its J matrices side by side,
+        # each transposed, [I, D]: one product makes all its J votes.
         self.weight = nn.Parameter(torch.empty(n, i, j * d))
         # START ALIVE. Each number of a vote has variance std^2 |u|^2; in iteration 1, s_j is a sum
         # of N independent votes over J, and has D numbers:

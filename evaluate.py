@@ -217,8 +217,9 @@ def describe(run: dict) -> str:
     for name, usual in USUAL.items():
         if config[name] != usual:
             words.append(f"{name.replace('_', ' ')} {config[name]:g}")
-    images, size = config["dataset"].replace("mnist", "images"), f"{config['train_images']:,}"
-    of = f" of {size} {images}" if config.get("train_size") or images == "digits" else ""
+    images = "digits" if config["dataset"] == "digits" else "images"
+    part = config.get("train_size") or images == "digits"
+    of = f" of {config['train_images']:,} {images}" if part else ""
     return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}{of}"])
 
 
@@ -430,11 +431,12 @@ def draw_routing(report: dict, images: np.ndarray) -> tuple:
     if maps.shape[1] > 4:  # [10, 9 * 9]: the mean of a class at each place, outlined its mean image
         figure, axes = plt.subplots(2, 5, figsize=(13, 6))
         most = np.abs(maps - 0.1).max() + 1e-5
+        means = images.reshape(10, -1, 28, 28).mean(axis=1)  # images come class by class
         places = 28 / 78 * 8 * np.arange(10)  # a place is 8 of 78 pixels wide
-        for digit, axis, values in zip(range(10), axes.flat, maps, strict=True):
+        for digit, (axis, values) in enumerate(zip(axes.flat, maps, strict=True)):
             norm = {"vmin": 0.1 - most, "vmax": 0.1 + most}  # around an equal share, in white
             shown = axis.pcolormesh(places, places, values.reshape(9, 9), cmap="RdBu_r", **norm)
-            axis.contour(np.split(images, 10)[digit].mean(axis=0), [80], colors="black")
+            axis.contour(means[digit], [80], colors="black")
             axis.set(title=digit, xticks=[], yticks=[], xlim=(0, 27), ylim=(27, 0))
         figure.colorbar(shown, ax=axes, label="coupling to the true digit")
     else:
@@ -470,8 +472,7 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
     axes[0].set_xlabel("epoch")
     axes[1].set(xlabel="minutes, each epoch like the fastest", xlim=(0, None), ylabel="")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")  # below both
-    text = "Validation accuracy over epochs and over time"
-    save(figure, ", ".join([text, *shared]), file)
+    save(figure, f"Validation accuracy over epochs and over time\n{', '.join(shared)}", file)
 
 
 # -- 4. Your own digits ----------------------------------------------------------------------------

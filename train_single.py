@@ -214,7 +214,7 @@ class Run:
             cure = "wait for it, or begin another run in another --run-dir"
             raise UserError(f"another training is writing to {folder}: {cure}") from None
         except OSError as error:  # some network disks have no locks
-            cure = "take a --run-dir on another disk"
+            cure = "it must be on another disk"
             raise UserError(f"{folder} cannot be locked, {error.strerror}: {cure}") from None
         # Asked under the lock: two that start at once cannot both find the folder empty.
         if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
@@ -479,4 +479,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0")

@@ -9,8 +9,8 @@ Written are the tables in README.md and results/README.md, each between <!-- res
 <!-- end -->; comparison.md, .csv and .png; and the pictures of each run that has its lengths.npy
 here.
 
-Every difference comes with its 95 % interval, and a claim of the report is undecided where that
-interval contains a bound of "agree if".
+Every difference comes with its 95 % interval, and a claim of the report is undecided where one
+contains a bound of "agree if" and no other figure lies outside.
 """
 
 import argparse
