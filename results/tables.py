@@ -6,8 +6,8 @@
 
 Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row.
 Written are the tables in README.md and results/README.md, each between <!-- results: NAME --> and
-<!-- end -->; comparison.md, .csv and .png; and the pictures of each run that has its lengths.npy
-here.
+<!-- end -->; comparison.md, .csv and .png of the report's four setups; and the pictures of each run
+that has its lengths.npy here.
 
 Every difference comes with its 95 % interval, and a claim of the report is undecided where one
 contains a bound of "agree if" and no other figure lies outside.
@@ -389,7 +389,7 @@ def main() -> None:
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
         write_file(page, text.encode())
-    evaluate.compare([run for row in kept.values() for run in row["runs"]], HERE)
+    evaluate.compare([run for setup in REPORT for run in kept[setup]["runs"]], HERE)
     draw(kept, images, labels)
 
 
