@@ -1398,6 +1398,11 @@ def test_pages_are_what_results_holds(tmp_path, monkeypatch):
     with mock.patch.dict(train_single.MODELS):
         code, _, error = call(tables)
     assert code == 0 and evaluate.draw_all.call_count >= 4, error
+    drawn = {
+        call.args[0]["folder"].name: call.args[-1] for call in evaluate.draw_all.call_args_list
+    }
+    report = HERE / "results" / "plain-alexcaps-ddp" / "report.json"
+    assert drawn["alexcaps-ddp"] == evaluate.at_angles(json.loads(report.read_text()))
     pages = ["README.md", "results/README.md", "results/comparison.md", "results/comparison.csv"]
     for page in pages:
         assert (tmp_path / page).read_text() == (HERE / page).read_text(), page

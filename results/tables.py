@@ -314,6 +314,9 @@ def pages(kept: dict[str, dict]) -> dict[Path, str]:
     short = table(short, "the report says", "measured", "verdict")
     tables = {"runs": run_table(kept), "claims": table(claims, *wide)}
     tables |= ablation_tables(kept_rows(HERE / "ablation"))
+    plains = [(kept[name.removeprefix("plain-")], kept[name]) for name in kept if "plain-" in name]
+    pairs = [ablation_tables({"baseline": base, "plain": row}) for base, row in plains]
+    tables["plain"] = "\n".join(pair["differences"] for pair in pairs)
     tables["speed"] = "\n".join(speed_text(speed) for speed in speeds)
     tables["sooner"] = table(sooner_rows(theirs, kept))
     tables["report-code"] = table(theirs["rows"], *theirs["columns"])
