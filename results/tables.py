@@ -314,8 +314,8 @@ def pages(kept: dict[str, dict]) -> dict[Path, str]:
     short = table(short, "the report says", "measured", "verdict")
     tables = {"runs": run_table(kept), "claims": table(claims, *wide)}
     tables |= ablation_tables(kept_rows(HERE / "ablation"))
-    plains = [(kept[name.removeprefix("plain-")], kept[name]) for name in kept if "plain-" in name]
-    pairs = [ablation_tables({"baseline": base, "plain": row}) for base, row in plains]
+    plains = [(row, kept.get(f"plain-{name}")) for name, row in kept.items()]
+    pairs = [ablation_tables({"baseline": base, "plain": row}) for base, row in plains if row]
     tables["plain"] = "\n".join(pair["differences"] for pair in pairs)
     tables["speed"] = "\n".join(speed_text(speed) for speed in speeds)
     tables["sooner"] = table(sooner_rows(theirs, kept))
@@ -392,7 +392,9 @@ def main() -> None:
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
         write_file(page, text.encode())
-    evaluate.compare([run for setup in REPORT for run in kept[setup]["runs"]], HERE)
+    evaluate.compare(
+        [run for setup in REPORT if setup in kept for run in kept[setup]["runs"]], HERE
+    )
     draw(kept, images, labels)
 
 
