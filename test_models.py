@@ -514,9 +514,15 @@ def test_wrong_use_is_one_line_and_writes_nothing(flags, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_is_for_the_other_script(tmp_path):
-    process = torchrun(HERE / "train_single.py", *SMALL, "--run-dir", tmp_path / "run")
-    assert process.returncode == 1 and process.stderr.count("start train_ddp.py") == 1  # one rank's
+@pytest.mark.parametrize(
+    "script, flag, line",
+    [("train_single", "--lr=1", "start train_ddp.py"), ("train_ddp", "--lr=0", "argument --lr")],
+)
+def test_a_mistake_under_torchrun_is_printed_once(script, flag, line, tmp_path):
+    late = 'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3);'  # rank 0 is last
+    code = f'{late} runpy.run_module("{script}", run_name="__main__")'
+    process = torchrun("-c", code, *SMALL, flag, "--run-dir", tmp_path / "run", timeout=60)
+    assert process.returncode == 1 and process.stderr.count(line) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -442,17 +442,24 @@ def print_outro(run: Run, folder: Path) -> None:
 
 
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
-    """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug."""
+    """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug.
+
+    Rank 0 prints what all ranks know; the others are quiet.
+    """
     keep_freed_memory()
     code = 0
     try:
         main()
     except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
         code = 2
-        if not quiet:  # rank 0 prints what all ranks know
+        if not quiet:
             print(f"error: {error}", file=sys.stderr)
+    except SystemExit as end:  # argparse has printed the line
+        code = end.code
     except KeyboardInterrupt:  # before there is anything to go on with
         code = 130
+    if quiet and code:  # torchrun ends all ranks as soon as one fails: let that be rank 0
+        time.sleep(30)
     sys.stdout.flush()  # not every way to leave does
     leave(code)
 
