@@ -360,16 +360,13 @@ def test_angles_and_shifts_depend_on_seed_and_epoch_alone():
     torch.testing.assert_close(dataset.__getitems__([7])[0], whole[7:8])
 
 
-FAKE_SIZES = {"train": 5200, "t10k": 100}
-
-
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
     """tmp_path/MNIST/raw with random images in MNIST's files, whose checksums count as MNIST's."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in data.MNIST_MD5:
-        n, shape = FAKE_SIZES[name.split("-")[0]], (28, 28) if "images" in name else ()
+        n, shape = 100 if "t10k" in name else 5200, (28, 28) if "images" in name else ()
         header = struct.pack(f">{2 + len(shape)}i", 2051 if shape else 2049, n, *shape)
         numbers = torch.randint(256 if shape else 10, (n, *shape), dtype=torch.uint8).numpy()
         (raw / name).write_bytes(header + numbers.tobytes())
@@ -383,9 +380,10 @@ def pack(path, most=None):
     path.unlink()
 
 
-def zero_middle(path):
-    content = path.read_bytes()
-    path.write_bytes(content[:100] + bytes(100) + content[200:])
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_mnist_is_read_and_split(raw, tmp_path):
@@ -395,7 +393,7 @@ def test_mnist_is_read_and_split(raw, tmp_path):
     images, labels = parts["test"]
     assert images.numpy().tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
     assert bytes(labels.tolist()) == (raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]
-    zero_middle(raw / "train-labels-idx1-ubyte")  # what goes bad later is not read, either
+    flip_a_bit(raw / "train-labels-idx1-ubyte")  # what goes bad later is not read, either
     with pytest.raises(data.UserError, match="not MNIST's"):
         data.load("mnist", tmp_path, "train")
     for path in raw.glob("t10k*ubyte"):  # packed files will do
@@ -405,7 +403,7 @@ def test_mnist_is_read_and_split(raw, tmp_path):
 
 @pytest.mark.parametrize("choice", ["auto", "mnist"])
 @pytest.mark.parametrize(
-    "spoil", [zero_middle, lambda p: pack(p, 1000), lambda p: os.truncate(p, 9)]
+    "spoil", [flip_a_bit, lambda p: pack(p, 1000), lambda p: os.truncate(p, 9)]
 )
 def test_another_file_of_that_name_is_not_mnist(spoil, choice, raw, tmp_path):
     spoil(raw / "train-images-idx3-ubyte")
@@ -413,17 +411,6 @@ def test_another_file_of_that_name_is_not_mnist(spoil, choice, raw, tmp_path):
     result = single("--model", "alexcaps", *flags)
     assert_one_line(result, "train-images-idx3-ubyte", "is not MNIST's", "--data-dir")
     assert not (tmp_path / "run").exists()
-
-
-def test_what_is_missing_is_named(raw, tmp_path):
-    (raw / "train-images-idx3-ubyte").unlink()
-    with mock.patch.dict(os.environ, OFFLINE), pytest.raises(data.UserError) as error:
-        data.resolve_dataset("mnist", tmp_path)
-    text = str(error.value)
-    assert "has no MNIST/raw/train-images-idx3-ubyte, and its download failed" in text
-    assert "--dataset digits" in text and "\n" not in text
-    with mock.patch.dict(os.environ, OFFLINE):
-        assert data.resolve_dataset("auto", tmp_path) == ("digits", text.split("; put")[0])
 
 
 def test_download_from_a_mirror(raw, tmp_path, monkeypatch):
@@ -484,16 +471,16 @@ def test_offline_first_run(tmp_path):
     process = run_python(*train, cwd=tmp_path, env=os.environ | OFFLINE)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     lines = process.stdout.splitlines()
-    assert lines[0] == "loading PyTorch ..." and "MNIST could not be had" in lines[1]
+    assert lines[0] == "loading PyTorch ..." and "its download failed" in lines[1]
     assert "1,797 small digits, not MNIST" in lines[3] and "not MNIST" in lines[-1]
     epoch = next(line for line in lines if line.startswith("epoch"))
     figures = r"loss 0\.\d{4} acc [\d.]{5}"
     form = rf"epoch  1/1 \| train {figures} \| val {figures} \| \d+ s \*"
     assert re.fullmatch(form, epoch) and len(epoch) <= 80
+    with mock.patch.dict(os.environ, OFFLINE):
+        error = single(*ALEX[:2], "--dataset", "mnist", "--data-dir", tmp_path / "data")
+    assert_one_line(error, "has no MNIST/raw/train-images", "download failed", "--dataset digits")
     run = tmp_path / "runs" / "alexcaps-single-digits-seed3"
-    rows = (run / "metrics.csv").read_text().splitlines()
-    assert rows[0] == ",".join(train_single.COLUMNS) and len(rows) == 2
-    assert max(len(number.split(".")[-1]) for number in rows[1].split(",")) <= 6
     assert {p.name for p in run.iterdir()} == {*train_single.RUN_FILES, ".lock"} - {"report.json"}
 
 
@@ -511,18 +498,6 @@ def test_wrong_use_is_one_line_and_writes_nothing(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [*(ALEX if flags else ()), *flags.split()]  # nothing at all: --model is missing
     assert_one_line(single(*given), *re.findall(r"[^\s=]+", flags or "--model"))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "script, flag, line",
-    [("train_single", "--lr=1", "start train_ddp.py"), ("train_ddp", "--lr=0", "argument --lr")],
-)
-def test_a_mistake_under_torchrun_is_printed_once(script, flag, line, tmp_path):
-    late = 'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3);'  # rank 0 is last
-    code = f'{late} runpy.run_module("{script}", run_name="__main__")'
-    process = torchrun("-c", code, *SMALL, flag, "--run-dir", tmp_path / "run", timeout=60)
-    assert process.returncode == 1 and process.stderr.count(line) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -585,12 +560,6 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
-def flip_a_bit(run):
-    content = bytearray((run / "last.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (run / "last.pt").write_bytes(content)
-
-
 def other_layers(run):
     torch.save(torch.load(run / "last.pt") | {"model": ResCapsNet().state_dict()}, run / "last.pt")
 
@@ -599,7 +568,7 @@ def other_layers(run):
 DAMAGE = [
     (lambda run: (run / "last.pt").unlink(), "No such file"),
     (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
-    (flip_a_bit, "last.pt is damaged"),
+    (lambda run: flip_a_bit(run / "last.pt"), "last.pt is damaged"),
     (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or no"),
     (lambda run: torch.save(Evil(), run / "last.pt"), "last.pt is damaged"),
     (other_layers, "no checkpoint of this network"),
@@ -698,7 +667,6 @@ def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
     assert len(torch.load(run_dir / "last.pt")["history"]) == epochs
     assert single("--resume", run_dir)[0] == 0
     assert same_run(run_dir, finished)
-    assert len((run_dir / "metrics.csv").read_text().splitlines()) == 3
     assert not list(run_dir.glob(".*.tmp"))
 
 
@@ -727,15 +695,6 @@ def test_best_is_the_earliest_of_equal_epochs():
     assert run.best["epoch"] == 2 and run.best is run.history[1]
     assert [row["lr"] for row in run.history] == [1e-3, 1e-3, 7e-4, 7e-4]
     assert list(run.history[0].values()) == [1, 25.0, 50.0, 0.05, 90.0, 1e-3, 1.23]
-
-
-def test_looks_are_half_a_second_apart(monkeypatch):
-    clock = itertools.count()  # read at the start and in each look, each time 1/8 s later
-    monkeypatch.setattr(train_single.time, "perf_counter", lambda: next(clock) / 8)
-    looks, sums = [], torch.zeros(3) + 1
-    look = lambda numbers: looks.append(numbers) or numbers.tolist()
-    assert list(train_single.watch(range(100), sums, "", look, hidden=True)) == list(range(100))
-    assert 2 < len(looks) < 10  # the steps between them are what half a second takes
 
 
 # -- A device that cannot be read: what a GPU would not forgive, found without one -----------------
@@ -920,17 +879,13 @@ def test_a_resumed_torchrun_is_stopped(undisturbed, tmp_path):
     assert len(torch.load(run_dir / "last.pt")["history"]) >= 3
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def test_two_agents_are_two_machines(undisturbed, tmp_path):
     """Two torchrun agents of one rank each, as on two machines, meet over c10d; a rank dies in
     epoch 2, and both agents start theirs again."""
+    with socket.create_server(("localhost", 0)) as free:
+        place = f"localhost:{free.getsockname()[1]}"
     launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=1"]
-    launcher += [f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=two-agents", "--no-python"]
+    launcher += [f"--rdzv-endpoint={place}", "--rdzv-id=two-agents", "--no-python"]
     script = (sys.executable, "-c", KILL_RANK_1.format([5]), *TWO_RANKS, "--run-dir", tmp_path)
     threads = os.environ | {"OMP_NUM_THREADS": "2"}  # each agent believes to be alone
     command = ("-m", "torch.distributed.run", *launcher, *script)
@@ -942,22 +897,33 @@ def test_two_agents_are_two_machines(undisturbed, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other threads per rank
 
 
-def test_mistakes_under_torchrun_are_printed_once(copy):
-    before = contents(copy)
-    process = torchrun(HERE / "train_ddp.py", *SMALL, "--run-dir", copy)
+@pytest.mark.parametrize(
+    ("script", "flag", "words"),
+    [
+        ("train_ddp", "--lr=1", "holds a run"),
+        ("train_ddp", "--lr=0", "argument --lr"),
+        ("train_single", "--lr=1", "start train_ddp.py"),
+    ],
+)
+def test_a_mistake_under_torchrun_is_printed_once(script, flag, words, copy):
+    """By rank 0, also where that is the last to find it."""
+    before, late = (
+        contents(copy),
+        'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3)',
+    )
+    code = f'{late}; runpy.run_module("{script}", run_name="__main__")'
+    process = torchrun("-c", code, *SMALL, flag, "--run-dir", copy, timeout=60)
     assert process.returncode == 1  # torchrun's own
-    assert process.stderr.count("error: ") == 1 and "holds a run" in process.stderr
-    assert 'train_ddp.py", line' not in process.stderr  # no traceback of ours
+    assert process.stderr.count("error: ") == process.stderr.count(words) == 1
+    assert f'{script}.py", line' not in process.stderr  # no traceback of ours
     assert contents(copy) == before
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--precision fp8", "fp8"),
         ("--precision fp16 --device cpu", "bf16"),
         ("--sync-bn --device cpu", "--sync-bn needs GPUs"),
-        ("--accumulation-steps 0", "--accumulation-steps"),
         ("--sync-bn --compile", "--compile"),
         ("--device cuda:1", "each rank takes its own"),
     ],
@@ -982,24 +948,19 @@ def test_one_process_and_two_keep_apart(copy, undisturbed, monkeypatch, tmp_path
     assert_one_line(ddp("--resume", undisturbed), "train_ddp.py, 2 process")
 
 
-@pytest.mark.parametrize(
-    ("omp", "launched", "ranks", "threads"),
-    [("1", True, 2, [2]), (None, True, 2, [2]), ("3", True, 2, []), ("1", False, 1, [])],
-)
-def test_threads_of_a_rank(omp, launched, ranks, threads, monkeypatch):
-    """1 is torchrun's default, which wastes cores; another number, or 1 alone, is the user's."""
-    monkeypatch.setattr(train_ddp, "LAUNCHED", launched)
-    monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", ranks)
+def test_threads_of_a_rank(monkeypatch):
+    """1 is torchrun's default, which wastes cores; another number is the user's."""
+    monkeypatch.setattr(train_ddp, "LAUNCHED", True)
+    monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
-    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": omp} if omp else {})
     monkeypatch.setattr(torch, "set_num_threads", asked := mock.Mock())
-    assert train_ddp.pick_device({"device": "cpu"}) == CPU
-    assert [call.args[0] for call in asked.call_args_list] == threads
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert train_ddp.pick_device({"device": "cpu"}) == CPU
+    assert [call.args for call in asked.call_args_list] == [(2,)]
 
 
 # -- evaluate.py -----------------------------------------------------------------------------------
-
-PICTURES = ("confusion_matrix", "roc", "curves", "mistakes", "rotation", "routing")
 
 
 def test_metrics_by_hand():
@@ -1087,15 +1048,17 @@ def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
     assert [50.0] * 13 in [list(line.get_ydata()) for line in figure.axes[0].lines]
     # without weights, all is drawn anew from what is kept: the same pictures, and only in --out
     archive = Path(shutil.copytree(run, tmp_path / "archive"))
-    for name in ("best.pt", "last.pt", *(f"{name}.png" for name in PICTURES)):
+    pictures = [p.name for p in run.glob("*.png")]
+    assert len(pictures) == 6
+    for name in ("best.pt", "last.pt", *pictures):
         (archive / name).unlink()
     before = contents(archive)
     monkeypatch.setattr(evaluate, "measure", None)  # nothing is computed
     code, _, error = evaluated(archive, "--out", tmp_path / "out")
     assert code == 0, error
-    for name in PICTURES:
-        assert (tmp_path / "out" / f"{name}.png").read_bytes() == (run / f"{name}.png").read_bytes()
-        with Image.open(run / f"{name}.png") as picture:
+    for name in pictures:
+        assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+        with Image.open(run / name) as picture:
             assert 600 <= picture.width <= 1600 and 300 <= picture.height <= 1500
             assert np.asarray(picture.convert("L")).std() > 5, f"{name} is blank"
     assert contents(archive) == before
@@ -1199,15 +1162,11 @@ def test_own_digits_become_mnists(tmp_path, reported):
 
 
 def test_capsule_formulations_agree():
-    found, precisions = benchmark.formulations(3, CPU, compiled=False, n=20), []
+    found = benchmark.formulations(3, CPU, compiled=False, n=20)
     assert set(found) == {"ours", "einsum", "tiled weights"}
     v, du, dw = found["ours"]()
     assert v.shape == (3, 10, 16) and du.shape == (3, 20, 8) and dw.shape == (20, 8, 160)
-    torch.set_float32_matmul_precision("high")  # as training does on a GPU; checked is without TF32
-    run = found["einsum"]
-    found["einsum"] = lambda: precisions.append(torch.get_float32_matmul_precision()) or run()
     benchmark.check_same(found)
-    assert precisions == ["highest"] == [torch.get_float32_matmul_precision()]
 
 
 def test_quick_benchmark_writes_json(tmp_path):
@@ -1222,9 +1181,6 @@ def test_quick_benchmark_writes_json(tmp_path):
     assert list(result) == ["steps", "capsules", "data", "scaling"]
     assert tables.speed_text(result) in printed
     assert len(result["capsules"]["rows"]) == 6  # 3 formulations, freed memory given back or kept
-    for row in result["scaling"]["rows"]:
-        assert all(len(row[name]) == 2 and min(row[name]) > 0 for name in ("one", "apart", "ddp"))
-    assert socket.gethostname() not in file.read_text() and str(HERE) not in file.read_text()
 
 
 @both_networks
