@@ -29,6 +29,7 @@ import json
 import secrets
 import signal
 import time
+import warnings
 from contextlib import nullcontext, redirect_stderr
 from datetime import timedelta
 from functools import partial
@@ -52,8 +53,6 @@ RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # among all: 0 decides, write
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine: which GPU
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
-# DDP: without a shutdown of Python, during which a thread of gloo that frees a tensor would abort
-leave = os._exit if LAUNCHED else sys.exit
 
 # DDP: how long one rank may wait for another: while rank 0 may be downloading, and afterwards
 PATIENCE, TIMEOUT = timedelta(minutes=10), timedelta(minutes=2)
@@ -231,6 +230,8 @@ def wrap(run: Run) -> DistributedDataParallel:
     """DDP: the model that averages gradients over ranks, while backward still computes others."""
     if run.config["sync_bn"]:  # one BatchNorm over the batches of all ranks; the same parameters
         run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
+    # cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1: it means nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     # gradient_as_bucket_view: gradients stay in the buffers that were sent, a copy less
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
 
@@ -254,8 +255,7 @@ def main() -> None:
     run, train_set, validation_set = ready
     if RANK == 0:  # DDP: as all ranks are ready
         flags = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
-        command = f"torchrun {flags} train_ddp.py"
-        train_single.begin(run, Path(folder), train_set, command)
+        train_single.begin(run, Path(folder), train_set, f"torchrun {flags} train_ddp.py")
         lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
     ddp = wrap(run)  # DDP:
     while len(run.history) < config["epochs"]:
@@ -272,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=RANK > 0, leave=leave)
+    train_single.run_main(main, quiet=RANK > 0, leave=os._exit)  # in a shutdown gloo may abort

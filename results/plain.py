@@ -9,6 +9,7 @@ capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=train_ddp.RANK > 0, leave=train_ddp.leave)
+    train_single.run_main(main, quiet=train_ddp.RANK > 0, leave=os._exit)
