@@ -8,7 +8,6 @@ processes, under torchrun too, on scikit-learn's digits, so that no network is n
 
 import contextlib
 import csv
-import errno
 import functools
 import gzip
 import hashlib
@@ -356,8 +355,6 @@ def test_angles_and_shifts_depend_on_seed_and_epoch_alone():
     assert not torch.equal(dataset.degrees, first[:, 0])
     dataset.set_epoch(0, 1)
     assert torch.equal(dataset.degrees, first[:, 0]) and torch.equal(dataset.shifts, first[:, 1:])
-    whole = dataset.__getitems__(list(range(10)))[0]
-    torch.testing.assert_close(dataset.__getitems__([7])[0], whole[7:8])
 
 
 @pytest.fixture
@@ -471,7 +468,7 @@ def test_offline_first_run(tmp_path):
     process = run_python(*train, cwd=tmp_path, env=os.environ | OFFLINE)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     lines = process.stdout.splitlines()
-    assert lines[0] == "loading PyTorch ..." and "its download failed" in lines[1]
+    assert lines[0] == "loading PyTorch ..." and "MNIST could not be had" in lines[1]
     assert "1,797 small digits, not MNIST" in lines[3] and "not MNIST" in lines[-1]
     epoch = next(line for line in lines if line.startswith("epoch"))
     figures = r"loss 0\.\d{4} acc [\d.]{5}"
@@ -550,9 +547,6 @@ def test_two_runs_in_one_folder(copy):
     assert contents(copy) == before
     first.lock.close()  # as the kernel does when a process ends
     assert single("--resume", copy)[0] == 0
-    refused = OSError(errno.ENOSYS, "Function not implemented")  # by some network disks
-    with mock.patch.object(train_single.fcntl, "flock", side_effect=refused):
-        assert_one_line(single("--resume", copy), "cannot be locked", "another disk")
 
 
 class Evil:
@@ -697,6 +691,15 @@ def test_best_is_the_earliest_of_equal_epochs():
     assert list(run.history[0].values()) == [1, 25.0, 50.0, 0.05, 90.0, 1e-3, 1.23]
 
 
+def test_looks_are_half_a_second_apart(monkeypatch):
+    clock = itertools.count()  # read at the start and in each look, each time 1/8 s later
+    monkeypatch.setattr(train_single.time, "perf_counter", lambda: next(clock) / 8)
+    looks, sums = [], torch.zeros(3) + 1
+    look = lambda numbers: looks.append(numbers) or numbers.tolist()
+    assert list(train_single.watch(range(100), sums, "", look, hidden=True)) == list(range(100))
+    assert 2 < len(looks) < 10  # the steps between them are what half a second takes
+
+
 # -- A device that cannot be read: what a GPU would not forgive, found without one -----------------
 
 
@@ -712,15 +715,13 @@ def test_nothing_reads_the_device_but_the_looks(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", look)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: downloads.append(x) or torch.empty(x.shape))
     monkeypatch.setattr(train_single, "VALIDATION_BATCH", 50)  # of 200 images: 4 steps
-    clock = itertools.count()  # read at both starts and in each look, each time 1/8 s later
-    monkeypatch.setattr(train_single.time, "perf_counter", lambda: next(clock) / 8)
     config = vars(train_single.build_parser("").parse_args([*map(str, SMALL), "--dry-run"]))
     run = train_single.Run(config | train_single.FIXED, meta)
     train_set, validation_set = train_single.make_datasets(config, meta)
     trained = train_single.train_one_epoch(run, train_set)
     validated = train_single.validate(run.model, validation_set)
     assert trained.device == validated.device == meta == next(run.model.parameters()).device
-    assert len(looks) == next(clock) - 2 < 10 and not downloads
+    assert looks and not downloads
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
     assert evaluate.predict(run.model, images, 16, angle=10).device == CPU
     assert [x.shape for x in downloads] == [(16, 10), (16, 10)]
@@ -729,11 +730,11 @@ def test_nothing_reads_the_device_but_the_looks(monkeypatch):
 # -- train_ddp.py ----------------------------------------------------------------------------------
 
 WORKER = """
-import os, sys
+import sys
 import train_ddp, test_models
 train_ddp.join()
 getattr(test_models, sys.argv[1])(*sys.argv[2:])
-os._exit(0)
+train_ddp.leave(0)
 """
 
 
@@ -843,7 +844,7 @@ def margin_loss(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 train_ddp.margin_loss = margin_loss
-train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, os._exit)
+train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.leave)
 """
 
 
@@ -907,12 +908,10 @@ def test_two_agents_are_two_machines(undisturbed, tmp_path):
 )
 def test_a_mistake_under_torchrun_is_printed_once(script, flag, words, copy):
     """By rank 0, also where that is the last to find it."""
-    before, late = (
-        contents(copy),
-        'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3)',
-    )
+    before = contents(copy)
+    late = 'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3)'
     code = f'{late}; runpy.run_module("{script}", run_name="__main__")'
-    process = torchrun("-c", code, *SMALL, flag, "--run-dir", copy, timeout=60)
+    process = torchrun("-c", code, *SMALL, flag, "--run-dir", copy, timeout=25)
     assert process.returncode == 1  # torchrun's own
     assert process.stderr.count("error: ") == process.stderr.count(words) == 1
     assert f'{script}.py", line' not in process.stderr  # no traceback of ours
@@ -949,12 +948,12 @@ def test_one_process_and_two_keep_apart(copy, undisturbed, monkeypatch, tmp_path
 
 
 def test_threads_of_a_rank(monkeypatch):
-    """1 is torchrun's default, which wastes cores; another number is the user's."""
-    monkeypatch.setattr(train_ddp, "LAUNCHED", True)
+    """1 is torchrun's default, which wastes cores; another number, or 1 alone, is the user's."""
     monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", asked := mock.Mock())
-    for threads in ("1", "3"):
+    for launched, threads in ((True, "1"), (True, "3"), (False, "1")):
+        monkeypatch.setattr(train_ddp, "LAUNCHED", launched)
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         assert train_ddp.pick_device({"device": "cpu"}) == CPU
     assert [call.args for call in asked.call_args_list] == [(2,)]
@@ -1166,7 +1165,9 @@ def test_capsule_formulations_agree():
     assert set(found) == {"ours", "einsum", "tiled weights"}
     v, du, dw = found["ours"]()
     assert v.shape == (3, 10, 16) and du.shape == (3, 20, 8) and dw.shape == (20, 8, 160)
+    torch.set_float32_matmul_precision("high")  # as training does on a GPU; checked is without TF32
     benchmark.check_same(found)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_quick_benchmark_writes_json(tmp_path):
@@ -1180,7 +1181,6 @@ def test_quick_benchmark_writes_json(tmp_path):
     result = json.loads(file.read_text())
     assert list(result) == ["steps", "capsules", "data", "scaling"]
     assert tables.speed_text(result) in printed
-    assert len(result["capsules"]["rows"]) == 6  # 3 formulations, freed memory given back or kept
 
 
 @both_networks

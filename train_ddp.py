@@ -24,13 +24,12 @@ import sys
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     print("loading PyTorch ...", flush=True)  # two seconds and more, without another word
 
-import io
 import json
 import secrets
 import signal
 import time
 import warnings
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,8 @@ RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # among all: 0 decides, write
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine: which GPU
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
+# DDP: without a shutdown of Python, during which a thread of gloo that frees a tensor would abort
+leave = os._exit if LAUNCHED else sys.exit
 
 # DDP: how long one rank may wait for another: while rank 0 may be downloading, and afterwards
 PATIENCE, TIMEOUT = timedelta(minutes=10), timedelta(minutes=2)
@@ -230,7 +231,7 @@ def wrap(run: Run) -> DistributedDataParallel:
     """DDP: the model that averages gradients over ranks, while backward still computes others."""
     if run.config["sync_bn"]:  # one BatchNorm over the batches of all ranks; the same parameters
         run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
-    # cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1: it means nothing
+    # cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1: a false alarm here
     warnings.filterwarnings("ignore", "Grad strides do not match")
     # gradient_as_bucket_view: gradients stay in the buffers that were sent, a copy less
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -245,9 +246,7 @@ def main() -> None:
     flag("--precision", choices=PRECISIONS, help="else fp16 on GPUs and bf16 on the CPU")
     flag("--accumulation-steps", type=count, metavar="N", default=1, help="batches a step (1)")
     flag("--sync-bn", action="store_true", help="one BatchNorm over all ranks; GPUs only")
-    # A mistake in the command ends here, on all ranks, before one waits for another.
-    with nullcontext() if RANK == 0 else redirect_stderr(io.StringIO()):
-        parser.parse_args()
+    parser.parse_args()  # a mistake ends here, on all ranks, before one waits for another
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank also while it waits in C++
     lasting, store = join()  # DDP:
     config, folder, *rest = agree(store, "plan", lambda: plan(parser, lasting), alone=True)
@@ -272,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=RANK > 0, leave=os._exit)  # in a shutdown gloo may abort
+    train_single.run_main(main, quiet=LOCAL_RANK > 0, leave=leave)

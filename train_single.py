@@ -300,6 +300,11 @@ def number(kind: type, low: float, high: float, text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
 
 
+def refuse(text: str) -> None:
+    """Raise it as a UserError."""
+    raise UserError(text)
+
+
 def path(text: str) -> str:
     """A type for argparse: a path, with ~ expanded; the shell leaves it in --data-dir=~/mnist."""
     if not text:
@@ -310,9 +315,10 @@ def path(text: str) -> str:
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The flags that both training scripts have."""
     # fmt: off
-    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
+    parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse  # a wrong flag is a mistake like any other
     flag, count = parser.add_argument, partial(number, int, 1, 10**6)
     rate, span = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
     flag("--model", choices=MODELS, help="which network; needed to start a run")
@@ -444,7 +450,7 @@ def print_outro(run: Run, folder: Path) -> None:
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug.
 
-    Rank 0 prints what all ranks know; the others are quiet.
+    Of several processes that all found it, one prints it, and the others are quiet.
     """
     keep_freed_memory()
     code = 0
@@ -452,14 +458,11 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
         main()
     except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
         code = 2
-        if not quiet:
-            print(f"error: {error}", file=sys.stderr)
-    except SystemExit as end:  # argparse has printed the line
-        code = end.code
+        if quiet:  # torchrun ends all as soon as one fails: let that be the one that prints
+            time.sleep(30)  # still alive after that, this process alone knows what is wrong
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:  # before there is anything to go on with
         code = 130
-    if quiet and code:  # torchrun ends all ranks as soon as one fails: let that be rank 0
-        time.sleep(30)
     sys.stdout.flush()  # not every way to leave does
     leave(code)
 
@@ -486,4 +489,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0")
+    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0")

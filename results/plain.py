@@ -9,7 +9,6 @@ capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -78,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=train_ddp.RANK > 0, leave=os._exit)
+    train_single.run_main(main, quiet=train_ddp.LOCAL_RANK > 0, leave=train_ddp.leave)

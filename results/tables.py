@@ -202,13 +202,18 @@ def kept_rows(folder: Path) -> dict[str, dict]:
     return rows
 
 
+def number(x: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
 def table(rows: list[dict], *names: str) -> str:
-    """Rows {heading: cell} as Markdown, or these columns of them; numbers get four digits."""
+    """Rows {heading: cell} as Markdown, or these columns of them; see number."""
     if not rows:
         return "not measured\n"
     names = names or tuple(rows[0])
     cells = [[row[name] for name in names] for row in rows]
-    texts = [[f"{x:,.4g}" if isinstance(x, float) else str(x) for x in line] for line in cells]
+    texts = [[number(x) if isinstance(x, float) else str(x) for x in line] for line in cells]
     return evaluate.markdown_table(names, texts)
 
 
@@ -317,7 +322,7 @@ def pages(kept: dict[str, dict]) -> dict[Path, str]:
     plains = [(row, kept.get(f"plain-{name}")) for name, row in kept.items()]
     pairs = [ablation_tables({"baseline": base, "plain": row}) for base, row in plains if row]
     tables["plain"] = "\n".join(pair["differences"] for pair in pairs)
-    tables["speed"] = "\n".join(speed_text(speed) for speed in speeds)
+    tables["speed"] = "".join(speed_text(speed) for speed in speeds)
     tables["sooner"] = table(sooner_rows(theirs, kept))
     tables["report-code"] = table(theirs["rows"], *theirs["columns"])
     front, here = HERE.parent / "README.md", HERE / "README.md"
