@@ -911,7 +911,7 @@ def test_a_mistake_under_torchrun_is_printed_once(script, flag, words, copy):
     before = contents(copy)
     late = 'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3)'
     code = f'{late}; runpy.run_module("{script}", run_name="__main__")'
-    process = torchrun("-c", code, *SMALL, flag, "--run-dir", copy, timeout=25)
+    process = torchrun("-c", code, *SMALL, flag, "--run-dir", copy)
     assert process.returncode == 1  # torchrun's own
     assert process.stderr.count("error: ") == process.stderr.count(words) == 1
     assert f'{script}.py", line' not in process.stderr  # no traceback of ours
