@@ -397,9 +397,8 @@ def main() -> None:
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
         write_file(page, text.encode())
-    evaluate.compare(
-        [run for setup in REPORT if setup in kept for run in kept[setup]["runs"]], HERE
-    )
+    named = [run for setup in REPORT if setup in kept for run in kept[setup]["runs"]]
+    evaluate.compare(named, HERE)
     draw(kept, images, labels)
 
 
