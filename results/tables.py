@@ -15,6 +15,7 @@ contains a bound of "agree if" and no other figure lies outside.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import re
@@ -33,6 +34,7 @@ from train_single import MODELS, run_main, write_file
 
 HERE = Path(__file__).parent
 SETUPS = ("single", "ddp")  # trained by which script
+DEVICES = ("", "-cuda")  # on the CPU, or on a GPU, where the names of runs end so
 # THE REPORT'S figures, not ours: test accuracy in percent and epochs; parameters of its own code
 REPORT = {
     "alexcaps-single": (98.06, 10),
@@ -135,13 +137,14 @@ def judge(claim: dict, estimates: list[Estimate]) -> dict:
     form, unit, least, most = (claim[name] for name in ("form", "unit", "least", "most"))
     least, most = float(least), float(most)
     answer = verdict(estimates, least, most)
+    counts = [e.n for e in estimates if e.n]
     texts = {f"{e.label}: {written(e, form, unit)}": e for e in estimates}
     deciding = [text for text, e in texts.items() if verdict([e], least, most) == answer]
     upper = "" if most == math.inf else f" to {most:{form}}"
     return claim | {
         "agree if": f"from {least:{form}}{upper}{unit}",
         "measured": "; ".join(texts),
-        "n": "; ".join(dict.fromkeys(e.n for e in estimates if e.n)),
+        "n": "; ".join(counts if len({*counts}) > 1 else counts[:1]),
         "short": deciding[0] if deciding else "",
         "verdict": answer,
     }
@@ -155,7 +158,8 @@ def alike(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
 def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
     """The report's claims, judged by the rows of the four setups and by benchmark.py's scaling."""
     found, recipe = defaultdict(list), ("train_images", "world_size", "batch_size", "precision")
-    for script in SETUPS:
+    for script, device in itertools.product(SETUPS, DEVICES):
+        script += device
         alex, res = (kept.get(f"{network}-{script}") for network in REPORT_PARAMETERS)
         if alike(recipe, alex, res):
             one = [[r["history"][0]["val_accuracy"] for r in row["runs"]] for row in (alex, res)]
@@ -173,14 +177,16 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
             found["time"].append(ratio(label, res[contestant], alex[contestant]))
             found["scarce"].append(ratio(f"{label}, time", alex[contestant], res[contestant]))
     for network, size in REPORT_PARAMETERS.items():
-        one, many = (kept.get(f"{network}-{script}") for script in SETUPS)
-        if alike(("train_images", "epochs"), one, many):
-            tests = many["values"]["accuracy"], one["values"]["accuracy"]
-            found["ddp"].append(points(network.removesuffix("caps"), *tests, images=10_000))
+        for device in DEVICES:
+            one, many = (kept.get(f"{network}-{script}{device}") for script in SETUPS)
+            if alike(("train_images", "epochs"), one, many):
+                tests = many["values"]["accuracy"], one["values"]["accuracy"]
+                label = network.removesuffix("caps") + device
+                found["ddp"].append(points(label, *tests, images=10_000))
         found[network].append(Estimate("its code", size, size, size, ""))
         if (network, "bf16") in speeds:  # the report's DDP runs are in half precision, too
             found[f"{network} ddp"].append(efficiency(speeds[network, "bf16"], "ddp"))
-    if len(found["ddp"]) < 2:  # the claim is about both networks
+    if len({e.label.split("-")[0] for e in found["ddp"]}) < 2:  # the claim is about both networks
         found["ddp"] = []
     claims = csv.DictReader((HERE / "claims.csv").read_text().splitlines())
     return [judge(claim, found[claim["key"]]) for claim in claims]
@@ -254,8 +260,8 @@ def run_table(kept: dict[str, dict]) -> str:
             "validation, %": spread(row, "val_accuracy"),
         }
         cells |= {"**test, %**": spread(row, "accuracy"), "95 %": f"{low:.2f} to {high:.2f}"}
-        hardware = f"{row['world_size']} x {row['hardware']}".removeprefix("1 x ")
-        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "hardware": hardware}
+        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "processes": row["world_size"]}
+        cells |= {"hardware of each": row["hardware"]}
         cells |= {"seconds an epoch": row["seconds"], "parameters": f"{row['parameters']:,}"}
         rows.append(cells)
     return table(rows)
