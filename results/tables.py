@@ -4,10 +4,11 @@
     python -m results.tables runs/alexcaps-single ...     keep these runs first
     python -m results.tables runs/ablation/*              (they go into results/ablation/)
 
-Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row.
+Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row,
+and a GPU's are rows of their own, NAME-cuda: TF32 and float16 are other settings than the CPU's.
 Written are the tables in README.md and results/README.md, each between <!-- results: NAME --> and
-<!-- end -->; comparison.md, .csv and .png of the report's four setups; and the pictures of each run
-that has its lengths.npy here.
+<!-- end -->; comparison.md, .csv and .png of the report's four setups on the CPU; and the pictures of
+each run that has its lengths.npy here.
 
 Every difference comes with its 95 % interval, and a claim of the report is undecided where one
 contains a bound of "agree if" and no other figure lies outside.
@@ -15,7 +16,6 @@ contains a bound of "agree if" and no other figure lies outside.
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import re
@@ -34,7 +34,7 @@ from train_single import MODELS, run_main, write_file
 
 HERE = Path(__file__).parent
 SETUPS = ("single", "ddp")  # trained by which script
-DEVICES = ("", "-cuda")  # on the CPU, or on a GPU, where the names of runs end so
+DEVICES = ("", "-cuda")  # how names of runs end, but for the seed: on the CPU, and on a GPU
 # THE REPORT'S figures, not ours: test accuracy in percent and epochs; parameters of its own code
 REPORT = {
     "alexcaps-single": (98.06, 10),
@@ -156,10 +156,10 @@ def alike(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
 
 
 def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
-    """The report's claims, judged by the rows of the four setups and by benchmark.py's scaling."""
+    """The report's claims, judged by the setups' rows of each device and by benchmark.py's scaling."""
     found, recipe = defaultdict(list), ("train_images", "world_size", "batch_size", "precision")
-    for script, device in itertools.product(SETUPS, DEVICES):
-        script += device
+    both = set()
+    for script in [script + device for script in SETUPS for device in DEVICES]:
         alex, res = (kept.get(f"{network}-{script}") for network in REPORT_PARAMETERS)
         if alike(recipe, alex, res):
             one = [[r["history"][0]["val_accuracy"] for r in row["runs"]] for row in (alex, res)]
@@ -183,10 +183,11 @@ def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
                 tests = many["values"]["accuracy"], one["values"]["accuracy"]
                 label = network.removesuffix("caps") + device
                 found["ddp"].append(points(label, *tests, images=10_000))
+                both.add(network)
         found[network].append(Estimate("its code", size, size, size, ""))
         if (network, "bf16") in speeds:  # the report's DDP runs are in half precision, too
             found[f"{network} ddp"].append(efficiency(speeds[network, "bf16"], "ddp"))
-    if len({e.label.split("-")[0] for e in found["ddp"]}) < 2:  # the claim is about both networks
+    if len(both) < 2:  # the claim is about both networks
         found["ddp"] = []
     claims = csv.DictReader((HERE / "claims.csv").read_text().splitlines())
     return [judge(claim, found[claim["key"]]) for claim in claims]
@@ -261,7 +262,7 @@ def run_table(kept: dict[str, dict]) -> str:
         }
         cells |= {"**test, %**": spread(row, "accuracy"), "95 %": f"{low:.2f} to {high:.2f}"}
         cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "processes": row["world_size"]}
-        cells |= {"hardware of each": row["hardware"]}
+        cells |= {"hardware": row["hardware"]}
         cells |= {"seconds an epoch": row["seconds"], "parameters": f"{row['parameters']:,}"}
         rows.append(cells)
     return table(rows)
@@ -353,6 +354,8 @@ def place(run: dict, overwrite: bool) -> Path:
     """Where a run will be kept; UserError if it may not be."""
     folder, config = run["folder"].absolute(), run["config"]
     target = HERE / ("ablation" if folder.parent.name == "ablation" else "") / folder.name
+    if target.parent == HERE and config["device"] != "cpu" and "-cuda" not in target.name:
+        target = HERE / re.sub(r"(-seed\d+)?$", r"-cuda\1", target.name, count=1)
     whole = run["report"] and len(run["history"]) == config["epochs"]
     if config["dataset"] != "mnist" or not whole:
         raise UserError(f"{folder} is not of MNIST, not finished, or not evaluated: not kept")
