@@ -457,8 +457,7 @@ def test_dry_run(model, tmp_path, monkeypatch):
     assert code == 0 and error == "" and "test it: python evaluate.py runs/dry-run" in printed
     checkpoint = torch.load(held[1])
     assert checkpoint["config"]["train_images"] == 32 and len(checkpoint["history"]) == 1
-    assert checkpoint["optimizer"]["state"][0]["step"] == 1
-    assert held[0].read_text() == "a run"
+    assert checkpoint["optimizer"]["state"][0]["step"] == 1 and held[0].read_text() == "a run"
 
 
 def test_offline_first_run(tmp_path):
@@ -659,8 +658,7 @@ def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
         command = f"stopped; to go on: python train_single.py --resume '{run_dir}'"
         assert error.strip() == command  # there is a space in its name
     assert len(torch.load(run_dir / "last.pt")["history"]) == epochs
-    assert single("--resume", run_dir)[0] == 0
-    assert same_run(run_dir, finished)
+    assert single("--resume", run_dir)[0] == 0 and same_run(run_dir, finished)
     assert not list(run_dir.glob(".*.tmp"))
 
 
@@ -1272,8 +1270,7 @@ def test_claims_get_verdicts():
         "rescaps-single": row([99.0, 99.1, 99.2], 98.0),
         "alexcaps-ddp": row([99.5, 99.6, 99.7], 98.6, **many),
         "rescaps-ddp": row([99.0], 98.5, flops_per_image=100, **many),
-    }
-    kept |= {f"rescaps-{script}-cuda": row([99.0, 99.1, 99.2]) for script in tables.SETUPS}
+    } | {f"rescaps-{script}-cuda": row([99.0, 99.1, 99.2]) for script in tables.SETUPS}
     speed = {"one": [100.0, 101.0, 99.0], "ddp": [160.0, 164.0, 158.0]}  # images/s, round by round
     kinds = ("alexcaps", "fp32", speed), ("alexcaps", "bf16", speed)
     kinds = (*kinds, ("rescaps", "fp32", {"one": [200.0, 202.0, 198.0]}))
@@ -1287,13 +1284,16 @@ def test_claims_get_verdicts():
         assert [key for key, claim in claims.items() if claim["verdict"] == word] == keys
     # three seeds each, standard deviation 0.1: t(0.975, 4) = 2.776 times 0.1 sqrt(2 / 3)
     assert claims["end"]["short"] == "single: -0.50 points (-0.73 to -0.27)"
+    assert claims["fast"]["n"] == "3 + 3; 3 + 1" and claims["alexcaps ddp"]["n"] == "3 rounds"
     assert claims["ddp"]["n"] == "3 + 3; 1 + 3; 3 + 3" and claims["time"]["n"] == "3 rounds"
     assert claims["alexcaps ddp"]["short"].startswith("bf16: 0.80 of ideal (0.7")
+    assert claims["time"]["short"] == "fp32: 2.00x ResCapsNet's"
     assert claims["scarce"]["measured"].startswith("FLOPs: 0.50x AlexCapsNet's; fp32, time: 0.50x")
     assert claims["ddp"]["measured"].endswith("; res-cuda: +0.00 points (-0.23 to +0.23)")
-    alex = {f"{name}{d}": kept[name] for name in kept if "alex" in name for d in ("", "-cuda")}
-    assert judged(alex)["ddp"]["verdict"] == "not measured"  # "both" are meant
-    assert judged(alex | {"rescaps-single": row([99.0], epochs=10)})["end"]["short"] == ""
+    some = {name + d: kept[name] for name in kept if "alex" in name for d in tables.DEVICES}
+    short = judged(some | {"rescaps-single": row([99.0], epochs=10)})
+    for claim in (short["ddp"], short["end"]):  # the first is about both networks
+        assert (claim["verdict"], claim["short"]) == ("not measured", "")
     claims = judged({"alexcaps-single": row([99.5]), "rescaps-single": row([99.4])})
     assert claims["end"]["n"] == "1 + 1, 10,000 images" and claims["end"]["verdict"] == "undecided"
 
