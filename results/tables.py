@@ -310,7 +310,7 @@ def sooner_rows(theirs: dict, kept: dict[str, dict]) -> list[dict]:
         runs, least = kept[row["ours"]]["runs"], row["accuracy, %"]
         epochs = [min(e["epoch"] for e in r["history"] if e["val_accuracy"] >= least) for r in runs]
         epoch = steps[f"{row['network']}, step with its data"] / 1000 * 55_000 / 32
-        row |= {"our epochs": mean(epochs), "our seconds": mean(epochs) * epoch}
+        row |= {"our epochs": ", ".join(map(str, epochs)), "our seconds": mean(epochs) * epoch}
         rows.append(row | {"times sooner": row["its seconds"] / row["our seconds"]})
     return rows
 
