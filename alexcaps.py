@@ -1,59 +1,63 @@
-"""AlexCapsNet: AlexNet's five convolutions, cut to digits, under capsules. 2,677,696 parameters.
+"""AlexCapsNet: AlexNet's five convolutions, made for digits, under capsules.
 
-    python alexcaps.py          prints the shape at each step and the parameter count
+    python alexcaps.py          prints the shape after each step and the parameter count
 
-AlexNet is Krizhevsky, Sutskever, Hinton, NeurIPS 2012, here with the channels of its 2014 version
-(arXiv:1404.5997), as torchvision has it. The capsule hybrid follows a student report, with three
-departures, each marked below.
+It has 2,677,696 parameters. AlexNet is Krizhevsky, Sutskever, Hinton, NeurIPS 2012, here
+with the channels of its 2014 version (arXiv:1404.5997), as in torchvision. The capsule
+hybrid follows a student report, with three departures, each marked below.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from capsules import DigitCapsules, PrimaryCapsules, initialise_convolutions
+from capsules import CapsuleNetwork, DigitCapsules, PrimaryCapsules
 
 
-class AlexCapsNet(nn.Module):
+class AlexCapsNet(CapsuleNetwork):
     """[B, 1, 28, 28] standardised digits -> digit capsule vectors [B, 10, 16]."""
 
-    side, mean, std = 28, 0.1307, 0.3081  # what it wants of its input; MNIST's own mean and std
+    # The input: its size, and the mean and standard deviation of MNIST's pixels
+    side = 28
+    mean = 0.1307
+    std = 0.3081
 
-    def __init__(self, routing_iterations: int = 3):
-        super().__init__()
-        # Departure 1: the report keeps AlexNet's 11x11 stride-4 stem, made for 224x224 photographs.
-        # It leaves 2x2 places after two layers, and three 3x3 convolutions then look at padding.
-        # Pooling before ReLU: max(max(x, 0)) = max(0, max(x)), so it is the same network, but ReLU
-        # has less than a quarter of the numbers to do.
-        # fmt: off
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 64, 5, padding=2),  #                            [B, 64, 28, 28]
-            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 64, 13, 13]
-            nn.Conv2d(64, 192, 5, padding=2),  #                          [B, 192, 13, 13]
-            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 192, 6, 6]
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 384, 6, 6]
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),  #  [B, 256, 6, 6]
-            nn.Conv2d(256, 256, 3, padding=1),  #                         [B, 256, 6, 6]
-            nn.MaxPool2d(3, stride=2), nn.ReLU(inplace=True),  #          [B, 256, 2, 2]
+    def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
+        # Departure 1: the report keeps AlexNet's 11x11 convolution with stride 4, made
+        # for photographs of 224x224. It leaves 2x2 places after two layers, and the
+        # three 3x3 convolutions behind it then see mostly padding.
+        #
+        # Pooling comes before ReLU: max(max(x, 0)) = max(0, max(x)), so the network is
+        # the same, but ReLU has less than a quarter of the numbers to compute.
+        features = nn.Sequential(
+            nn.Conv2d(1, 64, 5, padding=2),  # [B, 64, 28, 28]
+            nn.MaxPool2d(3, stride=2),  # [B, 64, 13, 13]
+            nn.ReLU(inplace=True),
+            nn.Conv2d(64, 192, 5, padding=2),  # [B, 192, 13, 13]
+            nn.MaxPool2d(3, stride=2),  # [B, 192, 6, 6]
+            nn.ReLU(inplace=True),
+            nn.Conv2d(192, 384, 3, padding=1),  # [B, 384, 6, 6]
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1),  # [B, 256, 6, 6]
+            nn.ReLU(inplace=True),
+            nn.Conv2d(256, 256, 3, padding=1),  # [B, 256, 6, 6]
+            nn.MaxPool2d(3, stride=2),  # [B, 256, 2, 2]
+            nn.ReLU(inplace=True),
         )
-        # fmt: on
-        # Departure 2: primary capsules are squashed, as the paper's are; the report's are not.
-        self.primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)  # [B, 2*2*32 = 128, 8]
-        self.digits = DigitCapsules(n=128, i=8, iterations=routing_iterations)  # [B, 10, 16]
-        # Departure 3: the initialisation. With PyTorch's default the report's network got 33 % of
-        # the digits right over its first epoch (its log). See initialise_convolutions and
-        # DigitCapsules for the rule.
-        initialise_convolutions(self)
-
-    def forward(self, images: Tensor, return_couplings: bool = False):
-        return self.digits(self.primary(self.features(images)), return_couplings)
+        # Departure 2: the primary capsules are squashed, as in the paper. The report
+        # does not squash them. There are 32 at each of 2x2 places: [B, 128, 8].
+        primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)
+        digits = DigitCapsules(N=128, I=8, iterations=routing_iterations)  # [B, 10, 16]
+        # Departure 3: the initialisation (initialise_convolutions and DigitCapsules
+        # have the rules). With PyTorch's default, the report's network classified 33 %
+        # of the digits correctly over its first epoch, says its log.
+        super().__init__(features, primary, digits, reconstruction)
 
 
 if __name__ == "__main__":
-    from capsules import capsule_lengths
-
-    model, x = AlexCapsNet(), torch.randn(2, 1, AlexCapsNet.side, AlexCapsNet.side)
+    model = AlexCapsNet()
+    x = torch.randn(2, 1, model.side, model.side)
     for layer in (*model.features, model.primary, model.digits):
         x = layer(x)
         print(f"{type(layer).__name__:16s} {list(x.shape)}")
-    print("lengths at the start", capsule_lengths(x).mean().item())
+    print("lengths at the start", model.scores(x).mean().item())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -160,7 +160,7 @@ def _digits(test: bool) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------
 
 
-def prepare(
+def images_to_input(
     images: Tensor, model, degrees: Tensor | None = None, shifts: Tensor | None = None
 ) -> Tensor:
     """uint8 [B, 28, 28] -> what `model` wants: float32 [B, 1, side, side], rotated, standardised.
@@ -171,7 +171,7 @@ def prepare(
     turn into the picture are black (0) and not grey (mean). TypeError if images are not uint8.
     """
     if images.dtype != torch.uint8:  # floats in 0..1 would be divided by 255 again
-        raise TypeError(f"prepare wants uint8 images in 0..255, not {images.dtype}")
+        raise TypeError(f"images_to_input wants uint8 images in 0..255, not {images.dtype}")
     x = images.unsqueeze(1).float() / 255  # [B, 28, 28] -> [B, 1, 28, 28] in 0..1
     if degrees is not None or shifts is not None or model.side != x.shape[-1]:
         zero = torch.zeros(len(x), device=x.device)
@@ -226,8 +226,8 @@ class DigitBatches(Dataset):
         chosen = chosen.to(device, non_blocking=True)
         images, labels = self.images[chosen], self.labels[chosen]
         if self.degrees is None:
-            return prepare(images, self.model), labels
-        return prepare(images, self.model, self.degrees[chosen], self.shifts[chosen]), labels
+            return images_to_input(images, self.model), labels
+        return images_to_input(images, self.model, self.degrees[chosen], self.shifts[chosen]), labels
 
 
 def as_batch(batch):

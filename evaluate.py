@@ -28,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import train_single
-from capsules import capsule_lengths
-from data import UserError, load, prepare
+from data import UserError, images_to_input, load
 from train_single import MODELS, write_file
 
 plt.switch_backend("Agg")  # draw into files: no display needed
@@ -58,21 +57,22 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(model, images: Tensor, batch_size=BATCH, angle=0, scores=capsule_lengths) -> Tensor:
-    """uint8 [n, 28, 28], turned by `angle` degrees -> `scores` of the model's output, [n, 10]."""
+def predict(model, images: Tensor, batch_size=BATCH, angle=0) -> Tensor:
+    """uint8 [n, 28, 28], turned by `angle` degrees -> the model's class scores, [n, 10]."""
     device, predicted = next(model.parameters()).device, []
     bar = {"desc": f"test digits at {angle} degrees", "leave": False, "disable": None}
     for batch in tqdm(images.to(device).split(batch_size), **bar):
         degrees = torch.full([len(batch)], float(angle), device=device) if angle else None
-        predicted.append(scores(model(prepare(batch, model, degrees))).cpu())
+        outputs = model(images_to_input(batch, model, degrees))
+        predicted.append(model.scores(outputs).cpu())
     return torch.cat(predicted)
 
 
-def rotation_accuracy(model, images: Tensor, labels: Tensor, scores=capsule_lengths) -> dict:
+def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
     """Accuracy in percent at each of the ANGLES, always of the same digits."""
     chosen, accuracy = first_of_each_class(labels, ROTATED), {}
     for angle in ANGLES:
-        right = predict(model, images[chosen], BATCH, angle, scores).argmax(dim=1) == labels[chosen]
+        right = predict(model, images[chosen], BATCH, angle).argmax(dim=1) == labels[chosen]
         accuracy[str(angle)] = round(100 * right.float().mean().item(), 3)
     return {"images": len(chosen), "accuracy": accuracy}
 
@@ -81,7 +81,7 @@ def rotation_accuracy(model, images: Tensor, labels: Tensor, scores=capsule_leng
 def routing_summary(model: nn.Module, images: Tensor, labels: Tensor, places: int) -> dict:
     """What routing.png needs of the couplings; images come class by class, equally many of each."""
     batches = images.to(next(model.parameters()).device).split(BATCH)
-    routed = [model(prepare(batch, model), return_couplings=True)[1] for batch in batches]
+    routed = [model(images_to_input(batch, model), return_couplings=True)[1] for batch in batches]
     c = torch.cat([torch.stack(couplings).cpu() for couplings in routed], dim=1)  # [T, n, J, N]
     true = c[:, torch.arange(len(labels)), labels]  # those to the true digit: [T, n, N]
     others = c[-1, labels.unsqueeze(1) != torch.arange(10)]  # of the last iteration: [9n, N]
@@ -100,7 +100,7 @@ def count_flops(model: nn.Module) -> int:
     """Operations of one image's forward pass: convolutions and matrix products, x * y + z is 2."""
     image = torch.zeros(1, 28, 28, dtype=torch.uint8, device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(prepare(image, model))
+        model(images_to_input(image, model))
     return counter.get_total_flops()
 
 
@@ -130,21 +130,21 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
         raise UserError(f"{best} is not of the best epoch in metrics.csv: resume the run first")
     try:
-        model = MODELS[config["model"]](config["routing_iterations"])
+        model = train_single.make_network(config)
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:  # other names or shapes
         raise UserError(f"{best} does not fit the network as it is in this repository") from None
     return model.to(device, memory_format=torch.channels_last).eval()  # [B, H, W, C]: faster
 
 
-def measure(run: dict, model, images: Tensor, labels: Tensor, scores=capsule_lengths) -> tuple:
+def measure(run: dict, model, images: Tensor, labels: Tensor) -> tuple:
     """The figures of any network, for report.json, and its scores [n, 10] of the test digits."""
-    best, predicted = run["best"], predict(model, images, scores=scores).numpy()
+    best, predicted = run["best"], predict(model, images).numpy()
     report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
     report["parameters"] = sum(p.numel() for p in model.parameters())
     report["flops_per_image"] = count_flops(model)
     report |= classification_metrics(predicted, labels.numpy())
-    return report | {"rotation": rotation_accuracy(model, images, labels, scores)}, predicted
+    return report | {"rotation": rotation_accuracy(model, images, labels)}, predicted
 
 
 def report_text(run: dict) -> str:
@@ -167,7 +167,7 @@ def report_text(run: dict) -> str:
 
 # The settings that a run may change, with what they usually are
 USUAL = {"batch_size": 32, "accumulation_steps": 1, "lr": 0.001, "rotate": 10.0, "shift": 0.0}
-USUAL |= {"routing_iterations": 3, "compile": False, "sync_bn": False}
+USUAL |= {"routing_iterations": 3, "reconstruction": 0.0, "compile": False, "sync_bn": False}
 SETTINGS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
 SETTINGS += tuple(USUAL)  # runs alike in all of this are one row
 
@@ -183,7 +183,7 @@ def read_run(folder: Path) -> dict:
     The report is None if it is missing or of an epoch before, but best.pt is there to make one of.
     """
     try:
-        config = {"sync_bn": False} | json.loads((folder / "config.json").read_text())
+        config = train_single.DEFAULTS | json.loads((folder / "config.json").read_text())
         if config["model"] not in MODELS:
             cure = "plain ones: python -m results.plain evaluate.py RUN"
             raise UserError(f"{folder} is of another network, {config['model']} ({cure})")
@@ -569,7 +569,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=style, allow_abbrev=False
     )
-    flag, file = parser.add_argument, lambda text: Path(train_single.path(text))
+    flag, file = parser.add_argument, lambda text: Path(train_single.nonempty_path(text))
     flag("runs", nargs="+", type=file, metavar="RUN", help="folder of a run")
     flag("--image", nargs="+", type=file, metavar="FILE", help="own digits")
     flag("--out", type=file, metavar="DIR", help="write here and nowhere else")

@@ -1,37 +1,34 @@
-"""train_single.py on many processes, GPUs and machines, in mixed precision.
+"""train_single.py on several processes, GPUs and machines, in mixed precision.
 
     torchrun --nproc_per_node=2 train_ddp.py --model rescaps   two processes
-    python train_ddp.py --model alexcaps                       one of them
-    torchrun --nproc_per_node=2 train_ddp.py --resume RUN      after any stop
+    python train_ddp.py --model alexcaps                       one process
+    torchrun --nproc_per_node=2 train_ddp.py --resume RUN      continue after any stop
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-id=JOB \\
-        --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps   on each of 2
+        --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps   on each of 2 machines
 
-On 2 CPU cores 20 epochs of AlexCapsNet take 70 s each: 99.6 % in the test.
-Open train_single.py beside it: the loop is the same, and what does not change
-is imported. What distribution (DDP:) or mixed precision (AMP:) adds is marked:
+On 2 CPU cores with bfloat16, 20 epochs of AlexCapsNet take 70 s each. The test accuracy
+is 99.6 %. Open train_single.py beside it: the loop is the same, and what does not change
+is imported. What distribution or mixed precision adds is marked with one of two words:
 
-    DDP:    the process group; a device, and on the CPU threads, for each rank
-            rank 0 decides, writes and prints; the others are told
-            each rank's share of the images, in training and in validation
-            gradients averaged over ranks, once for an accumulation group
-            losses and hits summed over ranks; rank 0's BatchNorm buffers
-    AMP:    autocast around the network; in float16 GradScaler around the step
+    DDP:    the process group: how the ranks (processes 0, 1, ...) meet
+            a device, and on the CPU threads, for each rank
+            rank 0 decides, writes and prints; the other ranks are told
+            each rank's part of the images, in training and in validation
+            gradients averaged over ranks, once for each accumulation group
+            losses and hits summed over ranks; rank 0's BatchNorm statistics
+    AMP:    autocast around the network; in float16 also GradScaler around the step
 """
 
-import os
-import sys
-
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("loading PyTorch ...", flush=True)  # two seconds and more, without another word
-
 import json
+import os
 import secrets
 import signal
+import socket
+import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,233 +38,293 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import train_single
-from capsules import capsule_lengths, margin_loss
 from data import DigitBatches, UserError, as_batch, epoch_seed
-from train_single import Run, finite, tally, watch
+from train_single import LOOK_EVERY, Run, progress, show, tally
 
-# DDP: torchrun tells each process who it is. A lonely RANK is left over from something else.
-LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-LAUNCHED = LAUNCHER <= {*os.environ}
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # among all: 0 decides, writes and prints
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine: which GPU
+# DDP: torchrun tells each process who it is. RANK alone, without the other variables,
+# is left over from something else.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = all(name in os.environ for name in LAUNCHER)
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all: 0 decides, writes, prints
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
-# DDP: without a shutdown of Python, during which a thread of gloo that frees a tensor would abort
+# DDP: a rank leaves without Python's shutdown, during which a thread of gloo that frees
+# a tensor would abort.
 leave = os._exit if LAUNCHED else sys.exit
 
-# DDP: how long one rank may wait for another: while rank 0 may be downloading, and afterwards
-PATIENCE, TIMEOUT = timedelta(minutes=10), timedelta(minutes=2)
+TIMEOUT = timedelta(minutes=10)  # DDP: a rank waits this long for another one
 
-# AMP: what the network's products are computed in. float16 has 5 bits of exponent: small gradients
-# vanish unless the loss is scaled up. bfloat16 has the 8 bits of float32.
+# AMP: what the network's products are computed in. float16 has 5 bits of exponent: small
+# gradients vanish unless the loss is scaled up. bfloat16 has 8 bits, as float32 has.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# -- One epoch and validation ----------------------------------------------------------------------
+# -- One epoch, and validation -----------------------------------------------------
 
 
 def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatches) -> Tensor:
-    """This rank's share of one epoch -> sums over all ranks; all take the same optimizer steps."""
-    optimizer, scaler, config, epoch = run.optimizer, run.scaler, run.config, len(run.history) + 1
+    """This rank's part of an epoch -> sums over all ranks.
+
+    All ranks take the same optimizer steps, since they have the same gradients.
+    """
+    config = run.config
+    epoch = len(run.history) + 1
     dataset.set_epoch(config["seed"], epoch)
-    # DDP: the permutation of train_single.py; rank r takes its places r, r + WORLD_SIZE, ... The
-    # sampler adds the epoch to the seed itself, as epoch_seed does. Where the ranks do not divide
-    # the number of images, it repeats the first few, so that all ranks take equally many steps.
+    # DDP: the permutation of train_single.py; rank r takes its places r, r + WORLD_SIZE, ...
+    # The sampler adds the epoch to the seed itself, as epoch_seed does. If the ranks do not
+    # divide the number of images, it repeats the first few: all ranks take as many steps.
     sampler = DistributedSampler(dataset, WORLD_SIZE, RANK, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    device, dtype = dataset.labels.device, PRECISIONS[config["precision"]]
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    steps = config["accumulation_steps"]
-    group_size = config["batch_size"] * steps  # images of one optimizer step, on this rank
+    accumulate = config["accumulation_steps"]  # batches in a group: one optimizer step
+    group_images = accumulate * config["batch_size"]  # images in a group, on this rank
+    device = dataset.labels.device
+    dtype = PRECISIONS[config["precision"]]  # AMP:
+    sums = train_single.zero_sums(dataset)
+    bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP:
     ddp.train()
-    batches = watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite_sum, RANK > 0)  # DDP:
-    for step, (images, labels) in enumerate(batches):
-        group = min(group_size, len(sampler) - step // steps * group_size)  # the last: short
-        last_of_group = (step + 1) % steps == 0 or step + 1 == len(loader)
-        # DDP: backward averages gradients over ranks; before a group's end that is for nothing
+    for step, (images, labels) in enumerate(bar, start=1):
+        last_of_group = step % accumulate == 0 or step == len(loader)
+        # DDP: backward averages gradients over ranks. Until the group's last batch that
+        # would be wasted work.
         with nullcontext() if last_of_group else ddp.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # AMP:
-                lengths = capsule_lengths(ddp(images))  # float32 again: see capsules.py
-            loss = margin_loss(lengths, labels)
-            # A micro-batch counts by its share of the group's images. Leaving the division out
-            # would multiply the gradient by the number of micro-batches.
-            share = len(labels) / group
-            scaler.scale(loss * share).backward()  # AMP: small float16 gradients stay above 0
+                capsules = ddp(images)  # in float32 again: see capsules.py
+                loss = run.model.loss(capsules, images, labels)
+            # A batch counts by its part of the group's images (the last group may be
+            # short). Without the division, the gradient would be multiplied by the number
+            # of batches.
+            images_before = (step - 1) // accumulate * group_images
+            weight = len(labels) / min(group_images, len(sampler) - images_before)
+            run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
-            scaler.step(optimizer)  # AMP: unscales; skips the step if a gradient overflowed
-            scaler.update()  # AMP: halves the scale then, doubles it after 2000 good steps
-            optimizer.zero_grad()
-        sums += tally(loss, lengths, labels)
+            run.scaler.step(run.optimizer)  # AMP: unscales; no step if a gradient overflowed
+            run.scaler.update()  # AMP: then halves the scale; doubles it after 2000 good steps
+            run.optimizer.zero_grad()
+        sums += tally(loss, run.model.scores(capsules), labels)
+        if step % LOOK_EVERY == 0 or step == len(loader):
+            show(bar, summed(sums))  # DDP: all ranks look at the same steps, and stop together
     return summed(sums)  # DDP:
 
 
 def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
-    """As train_single.validate, in float32, each image on exactly one rank; sums over all ranks."""
-    # DDP: a step's first forward pass begins with rank 0's BatchNorm buffers; after the last one
-    # each rank has running means of its own. Rank 0's are saved.
+    """train_single.validate, in float32, each image on exactly one rank -> sums over all."""
+    # DDP: each step's first forward pass copies rank 0's BatchNorm statistics to all ranks.
+    # After the last step they differ again. Rank 0's are the ones that are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # DDP: no DistributedSampler here. It pads the shares, and some images would count twice.
-    share = range(RANK, len(dataset), WORLD_SIZE)
-    return summed(train_single.validate(model, dataset, share, hidden=RANK > 0))  # DDP:
+    # DDP: no DistributedSampler here: it repeats images, which would then count twice.
+    mine = range(RANK, len(dataset), WORLD_SIZE)
+    return summed(train_single.validate(model, dataset, mine, hidden=RANK > 0))
 
 
 def summed(sums: Tensor) -> Tensor:
-    """DDP: a copy, added up over all ranks; every rank gets the same bits."""
+    """DDP: a copy of the sums, added up over all ranks. Every rank gets the same bits."""
     total = sums.clone()
     dist.all_reduce(total)  # waits for the slowest rank
     return total
 
 
-def finite_sum(sums: Tensor) -> list[float]:
-    """DDP: what all ranks look at, so that all stop together."""
-    return finite(summed(sums))
+# -- Processes that act as one -----------------------------------------------------
 
 
-# -- Processes that act as one ---------------------------------------------------------------------
+def join() -> dist.Store:
+    """DDP: meet the other ranks -> a store that lives as long as torchrun does.
 
-
-def join() -> tuple[dist.Store, dist.Store]:
-    """DDP: meet the other ranks -> two stores, dictionaries that all ranks share.
-
-    The first lives as long as torchrun does; the second is of this start of the workers alone.
+    A store is a dictionary that all ranks share. torchrun keeps its own when it restarts
+    the ranks, and the addresses of dead ranks with it. So the process group gets a new
+    store, which rank 0 serves.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL refuses two ranks on one GPU; then they talk through gloo, by way of the CPU.
+    # NCCL refuses two ranks on one GPU. They then talk through gloo, on the CPU.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
-    if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts all at once
+    if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
-    meeting = dist.rendezvous("env://", timeout=PATIENCE)  # which begins with next
     try:
-        lasting = next(meeting)[0] if LAUNCHED else dist.HashStore()
-        store = dist.PrefixStore(name_of_this_start(lasting), lasting)
-        dist.init_process_group(backend, None, TIMEOUT, WORLD_SIZE, RANK, store)
+        if LAUNCHED:
+            lasting, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store = store_of_rank_0(lasting, os.environ["MASTER_ADDR"])
+        else:
+            lasting = store = dist.HashStore()  # one process needs no more
+        dist.init_process_group(
+            backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
+        )
     except dist.DistError as error:
-        raise UserError(f"rank {RANK} meets no others: {str(error).splitlines()[0]}") from None
-    return lasting, store
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {RANK} does not reach the others: {reason}") from None
+    return lasting
 
 
-def name_of_this_start(store: dist.Store) -> str:
-    """DDP: a name that the ranks started together have in common.
+def store_of_rank_0(lasting: dist.Store, host: str) -> dist.Store:
+    """DDP: rank 0 serves a new store and leaves its port in the lasting one.
 
-    They leave their addresses in the store under it: torchrun keeps the store when it restarts
-    workers, and a new rank must not wait for a dead one. Rank 0 answers hellos until all heard.
+    After a restart the others may find the port of a dead rank 0, where nobody answers.
+    Then they ask again.
     """
-    mine = secrets.token_hex(8)
-    if RANK > 0:
-        store.set(f"hello of {RANK}", mine)
-        name = store.get(f"answer to {mine}").decode()
-        store.set(f"{name} heard by {mine}", "")
-        return name
-    for rank in range(1, WORLD_SIZE):
-        other = ""
-        while not store.check([f"{mine} heard by {other}"]):
-            other = store.get(f"hello of {rank}").decode()  # may still be that of a dead one
-            store.set(f"answer to {other}", mine)
-            time.sleep(0.02)
-    return mine
+    if RANK == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        lasting.set("port", str(store.port))
+        return store
+    give_up = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < give_up:
+        port = int(lasting.get("port"))  # waits until there is one
+        with suppress(OSError):
+            socket.create_connection((host, port), timeout=1).close()
+            return dist.TCPStore(host, port)
+        time.sleep(0.1)
+    raise UserError(f"rank {RANK} waits for rank 0, which does not answer")
 
 
-def agree(store: dist.Store, name: str, work, alone: bool = False):
-    """DDP: work() on every rank, or by rank 0 alone, for all -> its result.
-
-    Where it fails on one, it fails on all. They wait for PATIENCE: one may be downloading.
-    """
-    result, error = None, None
-    if RANK == 0 or not alone:
-        try:
-            result = work()
-        except (UserError, OSError) as failure:
-            error = str(failure)
-        store.set(f"{name} {RANK}", json.dumps((error, result if alone else None)))
-    for rank in [0] if alone else range(WORLD_SIZE):
-        error, told = json.loads(store.get(f"{name} {rank}"))
-        if error:
+def together(work):
+    """DDP: work() on every rank -> its result. A mistake that one rank finds ends all."""
+    result = None
+    error = None
+    try:
+        result = work()
+    except (UserError, OSError) as failure:
+        error = str(failure)
+    errors = [None] * WORLD_SIZE
+    dist.all_gather_object(errors, error)  # waits for the slowest rank
+    for error in errors:
+        if error is not None:
             raise UserError(error)
-    return told if alone else result
+    return result
 
 
-def plan(parser, lasting: dist.Store) -> tuple:
-    """Rank 0 reads the command -> (settings, run folder, resume?, may the folder hold a run)."""
-    if lasting.check(["run folder"]):  # DDP: torchrun has restarted us, and the run was begun
-        sys.argv[1:] = ["--resume", lasting.get("run folder").decode()]
-    fixed = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder, resume, may_hold_run = train_single.read_command(parser, fixed)
+def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
+    """Rank 0 reads the command -> (flags, settings, run folder), for all ranks."""
+    given = after_restart(given, lasting)
+    script = {"script": "ddp", "world_size": WORLD_SIZE}
+    config, folder = train_single.read_command(given, script)
     if config["device"] not in ("cpu", "cuda"):
-        raise UserError(f"--device {config['device']}: each rank takes its own; give cpu or cuda")
+        hint = "each rank takes its own; give cpu or cuda"
+        raise UserError(f"--device {config['device']}: {hint}")
     on_cpu = config["device"] == "cpu"
-    config["precision"] = config["precision"] or ("bf16" if on_cpu else "fp16")  # AMP:
+    if "resume" not in given:
+        config["precision"] = pick_precision(given.get("precision"), on_cpu)  # AMP:
+        config["id"] = secrets.token_hex(8)
+        # DDP: before the run is saved for the first time, so that no restart misses it
+        lasting.set("run", json.dumps([config["id"], str(folder)]))
     if on_cpu and config["precision"] == "fp16":
-        raise UserError("--precision fp16 needs a GPU: a run on the CPU begins with bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU; on the CPU take bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
         raise UserError("--sync-bn needs GPUs, and does not go with --compile")
-    return config, str(folder), resume, may_hold_run
+    return given, config, folder
+
+
+def after_restart(given: dict, lasting: dist.Store) -> dict:
+    """DDP: the flags, or, if torchrun restarted us, those that resume the run begun before.
+
+    The id tells that run from a stranger's in the same folder, which --overwrite was
+    about to replace when the ranks died.
+    """
+    if lasting.check(["run"]) and "resume" not in given:
+        run_id, folder = json.loads(lasting.get("run"))
+        with suppress(UserError, OSError):  # the run was not saved yet
+            checkpoint = train_single.load_checkpoint(Path(folder) / "last.pt")
+            if checkpoint["config"].get("id") == run_id:
+                return {"resume": folder}
+    return given
+
+
+def pick_precision(wanted: str | None, on_cpu: bool) -> str:
+    """AMP: by default float16 on GPUs, and on the CPU bfloat16 if it has instructions for
+    it. A CPU that emulates them is slower than in float32, often ten times."""
+    if not on_cpu:
+        return wanted or "fp16"
+    if cpu_has_bfloat16():
+        if wanted is None:
+            print("precision: bf16, since this CPU has instructions for it")
+        return wanted or "bf16"
+    if wanted is None:
+        print("precision: fp32, since this CPU has no instructions for bf16")
+    if wanted == "bf16":
+        print("WARNING: this CPU emulates bf16, which may take ten times as long as fp32")
+    return wanted or "fp32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """AMP: whether the CPU itself computes products in bfloat16, by its flags."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        flags = [name for name, there in torch.cpu.get_capabilities().items() if there]
+    else:
+        info = Path("/proc/cpuinfo")  # Linux alone has it
+        flags = info.read_text().split() if info.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"}.isdisjoint(flags)
 
 
 def pick_device(config: dict) -> torch.device:
-    """DDP: this rank's device; on the CPU, this rank's share of the cores."""
-    if config["device"] != "cpu":
-        return train_single.find_device(f"cuda:{LOCAL_RANK % max(1, torch.cuda.device_count())}")
+    """DDP: this rank's device; on the CPU, this rank's part of the cores."""
+    if config["device"] == "cuda":
+        return train_single.find_device(f"cuda:{LOCAL_RANK % torch.cuda.device_count()}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 where it is unset, which leaves cores idle. Another value is yours.
+        # torchrun sets it to 1 if you did not set it, which leaves cores idle.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
     return torch.device("cpu")
 
 
-def prepare(config: dict, folder: Path, resume: bool, may_hold_run: bool) -> tuple:
-    """What main of train_single.py does before the first epoch -> (run, training, validation)."""
-    device = pick_device(config)
+def prepare(given: dict, config: dict, folder: Path) -> tuple[Run, DigitBatches, DigitBatches]:
+    """What train_single.main does before the first epoch."""
+    device = pick_device(config)  # DDP:
     train_set, validation_set = train_single.make_datasets(config, device)
-    run = Run(config, device)
-    if RANK == 0:  # DDP: one writer
-        run.claim(folder, may_hold_run)
-    if resume:
-        run.load(train_single.load_checkpoint(folder / "last.pt"), folder / "last.pt")
+    run = Run(config, folder, device)
+    if RANK == 0:  # DDP: one rank writes
+        train_single.open_folder(run, given)
+    elif "resume" in given:
+        run.load()
     return run, train_set, validation_set
 
 
 def wrap(run: Run) -> DistributedDataParallel:
-    """DDP: the model that averages gradients over ranks, while backward still computes others."""
-    if run.config["sync_bn"]:  # one BatchNorm over the batches of all ranks; the same parameters
+    """DDP: the model whose backward averages gradients over ranks while it computes."""
+    if run.config["sync_bn"]:  # BatchNorm over the batches of all ranks
         run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
-    # cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1: a false alarm here
+    # A false alarm: cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1.
     warnings.filterwarnings("ignore", "Grad strides do not match")
-    # gradient_as_bucket_view: gradients stay in the buffers that were sent, a copy less
+    # gradient_as_bucket_view: gradients stay in the buffers that are sent, one copy less
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
 
 
-# -- Main ------------------------------------------------------------------------------------------
+# -- Main --------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = train_single.build_parser(__doc__)
-    flag, count = parser.add_argument, partial(train_single.number, int, 1, 10**6)
-    flag("--precision", choices=PRECISIONS, help="else fp16 on GPUs and bf16 on the CPU")
-    flag("--accumulation-steps", type=count, metavar="N", default=1, help="batches a step (1)")
-    flag("--sync-bn", action="store_true", help="one BatchNorm over all ranks; GPUs only")
-    parser.parse_args()  # a mistake ends here, on all ranks, before one waits for another
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank also while it waits in C++
-    lasting, store = join()  # DDP:
-    config, folder, *rest = agree(store, "plan", lambda: plan(parser, lasting), alone=True)
-    ready = agree(store, "ready", lambda: prepare(config, Path(folder), *rest))  # DDP:
-    run, train_set, validation_set = ready
-    if RANK == 0:  # DDP: as all ranks are ready
-        flags = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
-        train_single.begin(run, Path(folder), train_set, f"torchrun {flags} train_ddp.py")
-        lasting.set("run folder", folder)  # DDP: from now on a restart resumes this run
+    count = train_single.number_between(int, 1, 1_000_000)
+    flag = parser.add_argument
+    flag("--precision", choices=PRECISIONS, help="default: fp16 on GPUs; on the CPU bf16 or fp32")
+    flag("--accumulation-steps", type=count, metavar="N", help="batches per step (default: 1)")
+    flag("--sync-bn", action="store_true", help="BatchNorm over all ranks; GPUs only")
+    given = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
+    lasting = join()  # DDP:
+    told = [together(lambda: plan(given, lasting) if RANK == 0 else None)]  # DDP: rank 0 decides
+    dist.broadcast_object_list(told)  # DDP: ... and tells the others
+    run, train_set, validation_set = together(lambda: prepare(*told[0]))  # DDP:
+    if RANK == 0:  # DDP:
+        train_single.begin(run, train_set)
+        signal.signal(signal.SIGINT, lambda *_: stop(run))
     ddp = wrap(run)  # DDP:
-    while len(run.history) < config["epochs"]:
+    while len(run.history) < run.config["epochs"]:
         start = time.perf_counter()
         trained = train_one_epoch(run, ddp, train_set)
         seconds = time.perf_counter() - start
-        run.finish_epoch(trained, validate(run.model, validation_set), seconds)
+        validated = validate(run.model, validation_set)
+        run.finish_epoch(trained, validated, seconds)
         if RANK == 0:  # DDP:
-            run.save(Path(folder))
+            run.save()
             print(run.epoch_line(), flush=True)
     if RANK == 0:  # DDP:
-        train_single.print_outro(run, Path(folder))
+        train_single.print_outro(run)
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
+
+
+def stop(run: Run) -> None:
+    """Ctrl-C on rank 0: leave at once, since the other ranks have left, too."""
+    ranks = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
+    train_single.print_stopped(run, f"torchrun {ranks} train_ddp.py")
+    leave(130)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,32 @@
 """Train AlexCapsNet or ResCapsNet on one device, in float32 (TF32 on a GPU).
 
-    python train_single.py --model alexcaps              20 epochs of MNIST
-    python train_single.py --model rescaps --epochs 3    a shorter run
-    python train_single.py --model alexcaps --dry-run    one step of everything
-    python train_single.py --resume runs/alexcaps-single  go on after any stop
+    python train_single.py --model alexcaps               20 epochs of MNIST
+    python train_single.py --model rescaps --epochs 3     a shorter run
+    python train_single.py --model alexcaps --dry-run     one step of everything
+    python train_single.py --resume runs/alexcaps-single  continue after any stop
 
 Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
-evaluate.py. On 2 CPU cores AlexCapsNet takes 1.5 to 3.5 minutes an epoch: of
-the validation digits 98.5 % are right after the first, 99.6 % after nine.
+evaluate.py. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes. Its
+validation accuracy is 98.5 % after the first epoch and 99.6 % after nine.
 
-Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what
-is saved of it; 3. the command line; 4. main. Then open train_ddp.py beside it.
+Read it downwards:
+    1. one epoch, and validation: the lesson
+    2. a run, and what is saved of it
+    3. the command line
+    4. main
+    5. tools that the other scripts share
+Then open train_ddp.py beside it.
 """
 
-if __name__ == "__main__":
-    print("loading PyTorch ...", flush=True)  # two seconds and more, without another word
-
 import argparse
-import ctypes
-import fcntl
 import io
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
-import zipfile
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,231 +35,530 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from alexcaps import AlexCapsNet
-from capsules import capsule_lengths, margin_loss
 from data import DigitBatches, UserError, as_batch, epoch_seed, load, resolve_dataset
 from rescaps import ResCapsNet
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
-VALIDATION_BATCH = 500  # larger than in training: there are no gradients to keep in memory
-LOOK_SECONDS = 0.5  # between two looks at the sums: see watch
+VALIDATION_BATCH = 500  # larger than in training: no gradients are kept in memory
+LOOK_EVERY = 20  # steps between two looks at the sums; each look waits for the device
 
-# -- 1. One epoch and validation -------------------------------------------------------------------
+# -- 1. One epoch, and validation --------------------------------------------------
 
 
 def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
-    """One pass over the training images -> sums over them, [3]: loss, hits, images (see tally).
+    """One pass over the training images -> sums over them, [3]: see tally.
 
-    `run` (part 2) owns the model, its optimizer, the settings and the epochs finished so far.
+    `run` (part 2) owns the model, its optimizer, the settings and the history, which
+    has one row for each finished epoch.
     """
-    model, optimizer, config, epoch = run.model, run.optimizer, run.config, len(run.history) + 1
-    dataset.set_epoch(config["seed"], epoch)  # draws this epoch's angles
-    # The order follows from (seed, epoch) alone. (shuffle=True would draw another number first, and
-    # so give another order than DistributedSampler in train_ddp.py.)
-    generator = torch.Generator().manual_seed(epoch_seed(config["seed"], epoch))
+    model = run.model
+    epoch = len(run.history) + 1
+    seed = run.config["seed"]
+    dataset.set_epoch(seed, epoch)  # draws this epoch's rotation angles
+    # The order of the images depends on (seed, epoch) alone. (shuffle=True would draw
+    # one more random number first, and give a different order than
+    # DistributedSampler in train_ddp.py.)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     sampler = RandomSampler(dataset, generator=generator)
-    loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    # float64, as many numbers are added up
-    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
-    model.train()  # BatchNorm: the statistics of the batch
-    # The batches come ready from the device and the sums stay there: no step waits for the device.
-    for images, labels in watch(loader, sums, f"epoch {epoch}/{config['epochs']}", finite):
-        lengths = capsule_lengths(model(images))  # [B, 1, side, side] -> [B, J, D] -> [B, J]
-        loss = margin_loss(lengths, labels)
-        optimizer.zero_grad()  # or backward would add to the last step's gradients
+    batch_size = run.config["batch_size"]
+    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=as_batch)
+    sums = zero_sums(dataset)
+    bar = progress(loader, f"epoch {epoch}/{run.config['epochs']}")
+    model.train()  # BatchNorm: use the statistics of the batch
+    for step, (images, labels) in enumerate(bar, start=1):
+        capsules = model(images)  # [B, 1, side, side] -> [B, J, D]
+        # The margin loss; with --reconstruction the decoder's as well: capsules.py
+        loss = model.loss(capsules, images, labels)
+        run.optimizer.zero_grad()  # or backward would add to the last step's gradients
         loss.backward()
-        optimizer.step()
-        sums += tally(loss, lengths, labels)
+        run.optimizer.step()
+        # The batches come from the device and the sums stay there, so no step waits
+        # for the device. Only a look does.
+        sums += tally(loss, model.scores(capsules), labels)
+        if step % LOOK_EVERY == 0 or step == len(loader):
+            show(bar, sums)
     return sums
 
 
 @torch.no_grad()
-def validate(model: nn.Module, dataset: DigitBatches, share=None, hidden: bool = False) -> Tensor:
-    """The same sums over the validation images, or over the share of them with these indices.
+def validate(model: nn.Module, dataset: DigitBatches, indices=None, hidden=False) -> Tensor:
+    """The same sums over the validation images, or over those with these indices.
 
-    Sums and not means, so that the shares of several processes can simply be added.
+    Sums, not means, so that the sums of several processes can simply be added.
     """
-    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=share, collate_fn=as_batch)
-    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
-    model.eval()  # BatchNorm: the running statistics
-    for images, labels in watch(loader, sums, "validation", Tensor.tolist, hidden):
-        lengths = capsule_lengths(model(images))
-        sums += tally(margin_loss(lengths, labels), lengths, labels)
+    loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
+    sums = zero_sums(dataset)
+    model.eval()  # BatchNorm: use the running statistics
+    for images, labels in progress(loader, "validation", hidden):
+        capsules = model(images)
+        loss = model.loss(capsules, images, labels)
+        sums += tally(loss, model.scores(capsules), labels)
     return sums
 
 
-def tally(loss: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+def zero_sums(dataset: DigitBatches) -> Tensor:
+    """Where tally's numbers are added up. float64, since there are many."""
+    return torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
+
+
+def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     """What a batch adds to the sums: [loss x images, hits, images], on the device.
 
-    loss is the batch's mean, lengths [B, J], labels [B]. Nothing here waits for the device, as
-    loss.item() would in every step.
+    `loss` is the mean over the batch, scores [B, J], labels [B]. A hit is an image
+    whose highest score is the true digit's. Nothing here waits for the device;
+    loss.item() would, in every step.
     """
-    hits = (lengths.argmax(dim=1) == labels).sum()
+    hits = (scores.argmax(dim=1) == labels).sum()
     images = torch.ones_like(hits) * len(labels)
     return torch.stack([loss.detach() * images, hits, images])
 
 
-def watch(loader: DataLoader, sums: Tensor, title: str, look, hidden: bool = False):
-    """Hand out the loader's batches, and look at the sums about every half second.
-
-    On a first reading take watch(loader, ...) for loader. look(numbers) brings the sums to the CPU,
-    which has to wait there until the device has done all steps so far: too dear for every step, but
-    a progress bar needs it, and a run whose loss has become nan should stop.
-    """
-    last, last_time = 0, time.perf_counter()  # step and time of the last look
-    due = 1  # step of the next one
-    pace = [1, 1.0]  # steps and seconds between the last two looks, the wait included
-    with tqdm(total=len(loader), desc=title, leave=False, disable=hidden or None) as bar:
-        for number, batch in enumerate(loader, start=1):
-            yield batch  # the caller's loop body runs here, and adds the batch to `sums`
-            if number in (due, len(loader)):
-                loss, hits, images, steps, seconds = look(torch.cat([sums, sums.new_tensor(pace)]))
-                # Where look adds up over ranks, all see the same numbers, hence the same next step.
-                due = number + max(1, int(LOOK_SECONDS * steps / seconds))
-                bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
-                bar.update(number - last)
-                now = time.perf_counter()
-                pace = [number - last, now - last_time]
-                last, last_time = number, now
+def progress(loader: DataLoader, title: str, hidden: bool = False) -> tqdm:
+    """The loader's batches, with a progress bar if this is a terminal."""
+    return tqdm(loader, title, leave=False, disable=hidden or None)
 
 
-def finite(sums: Tensor) -> list[float]:
-    """The sums on the CPU; UserError if the loss among them is not a finite number."""
-    numbers = sums.tolist()  # CPU-GPU sync point
-    if not math.isfinite(numbers[0]):
-        cure = "begin again with a lower --lr (for fp16: --precision bf16)"
-        raise UserError(f"the loss is {numbers[0]}: {cure}")
-    return numbers
+def show(bar: tqdm, sums: Tensor) -> None:
+    """Show the means so far. UserError if the loss is no longer a finite number."""
+    loss, hits, images = read_sums(sums)
+    bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
 
 
-# -- 2. A run, and what is saved of it -------------------------------------------------------------
+def read_sums(sums: Tensor) -> list[float]:
+    """The sums as Python numbers. UserError if the loss is not finite."""
+    loss, hits, images = sums.tolist()  # CPU-GPU sync point
+    if not math.isfinite(loss):
+        hint = "start again with a lower --lr (if in fp16: with --precision bf16)"
+        raise UserError(f"the loss is {loss}: {hint}")
+    return [loss, hits, images]
+
+
+# -- 2. A run, and what is saved of it ---------------------------------------------
 
 SAVED = ("model", "optimizer", "scheduler", "scaler")
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
-# Of the history; accuracies are in percent
-COLUMNS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 
 class Run:
-    """A training run: its settings, all that changes in it, and the epochs that are finished.
+    """A training run: its settings, its folder, and everything that training changes.
 
-    For a resumed run to end with the same bits, all that changes must be saved: weights and running
-    statistics of BatchNorm, Adam's two moments of each weight and its step count, the schedule's
-    epoch count, the scale of mixed precision. No random state is: what is random in epoch e is a
-    function of (seed, e). The epoch's number and the best epoch follow from the history.
+    A resumed run should end with the same bits, so everything that changes is saved:
+    weights and BatchNorm's running statistics, Adam's two moments of each weight and
+    its step count, the schedule's epoch count, and the scale of mixed precision. No
+    random state is saved: what is random in an epoch depends on (seed, epoch) alone.
+    The epoch's number and the best epoch follow from the history.
     """
 
-    def __init__(self, config: dict, device: torch.device):
-        self.config, self.history = config, []  # a row for each finished epoch
+    def __init__(self, config: dict, folder: Path, device: torch.device):
+        self.config = config
+        self.folder = folder
+        self.history = []  # a row for each finished epoch: see finish_epoch
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
-            # TF32: products of numbers with 10 bits of mantissa instead of 23, but much faster
+            # TF32: a mantissa of 10 bits instead of 23 in products, but much faster
             torch.set_float32_matmul_precision("high")
         torch.manual_seed(config["seed"])
-        network = MODELS[config["model"]](config["routing_iterations"])
-        # Drawn on the CPU: the same start on every device. channels_last is [B, H, W, C] in memory,
-        # as oneDNN and cuDNN like it best.
-        self.model = network.to(device, memory_format=torch.channels_last)
+        # The weights are drawn on the CPU, so they start the same on every device.
+        # channels_last is [B, H, W, C] in memory: oneDNN and cuDNN are faster with it.
+        model = make_network(config)
+        self.model = model.to(device, memory_format=torch.channels_last)
         if config["compile"]:
-            # dynamic=False: one program for each batch size (32, the short last batch, validation)
-            # instead of a slower one for all sizes.
+            # dynamic=False: one program for each batch size (32, the short last batch,
+            # validation) instead of one slower program for all of them
             self.model.compile(dynamic=False)
         # fused: one kernel updates all weights
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.7)
-        # Of mixed precision, for train_ddp.py. Outside of float16 it does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config["precision"] == "fp16")
+        # For train_ddp.py. In any precision but float16 it does nothing.
+        float16 = config["precision"] == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=float16)
 
     @property
     def best(self) -> dict:
-        """The row of the best epoch so far; of equals, the earliest."""
+        """The row of the best epoch so far; of equal ones, the earliest."""
         return max(self.history, key=lambda row: row["val_accuracy"])
 
-    def load(self, checkpoint: dict, path: Path) -> None:
-        """Go back to a checkpoint; UserError if it is of another network."""
+    def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
+        """Add an epoch's row to the history, and move the schedule on.
+
+        `trained` and `validated` are sums, see tally. Accuracies are in percent.
+        """
+        train_loss, train_hits, train_images = read_sums(trained)
+        val_loss, val_hits, val_images = read_sums(validated)
+        row = {
+            "epoch": len(self.history) + 1,
+            "train_loss": round(train_loss / train_images, 6),
+            "train_accuracy": round(100 * train_hits / train_images, 3),
+            "val_loss": round(val_loss / val_images, 6),
+            "val_accuracy": round(100 * val_hits / val_images, 3),
+            "lr": float(f"{self.scheduler.get_last_lr()[0]:.6g}"),
+            "seconds": round(seconds, 2),
+        }
+        self.history.append(row)
+        self.scheduler.step()  # once per epoch, not per batch
+
+    def epoch_line(self) -> str:
+        """What is printed after each epoch; a star marks the best so far."""
+        row = self.history[-1]
+        star = " *" if self.best is row else ""
+        return (
+            f"epoch {row['epoch']:2}/{self.config['epochs']}"
+            f" | train loss {row['train_loss']:.4f} acc {row['train_accuracy']:#.4g}"
+            f" | val loss {row['val_loss']:.4f} acc {row['val_accuracy']:#.4g}"
+            f" | {row['seconds']:.0f} s{star}"
+        )
+
+    def lock(self) -> None:
+        """Make the folder, and lock it until this process ends, however it ends.
+
+        UserError if another training has the lock.
+        """
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = self.folder / ".lock"
+        # The kernel holds the lock while the file is open, so kill -9 releases it too.
+        self.file_lock = FileLock(self.lock_file)
+        try:
+            self.file_lock.acquire(blocking=False)
+        except Timeout:
+            hint = "wait for it, or start another run in another --run-dir"
+            text = f"another training is writing to {self.folder}: {hint}"
+            raise UserError(text) from None
+        except (OSError, NotImplementedError) as error:  # some network disks
+            hint = "choose a --run-dir on another disk"
+            text = f"{self.folder} cannot be locked ({error}): {hint}"
+            raise UserError(text) from None
+        self.locked = self.lock_file.stat()
+
+    def check_lock(self) -> None:
+        """UserError if the folder is no longer the one that was locked.
+
+        If it was renamed or removed, another training may have started in a new folder
+        of the same name. Its files are not ours to write.
+        """
+        found = self.lock_file.stat() if self.lock_file.exists() else None
+        if found is None or not os.path.samestat(found, self.locked):
+            hint = "epochs since then are not saved; resume the run where it is now"
+            text = f"{self.folder} was moved or removed while its run trained: {hint}"
+            raise UserError(text)
+
+    def refuse_to_replace(self) -> None:
+        """UserError if the folder holds a run. (Even config.json alone counts.)"""
+        if any((self.folder / name).exists() for name in RUN_FILES):
+            hint = "--resume continues it, --overwrite replaces it"
+            raise UserError(f"{self.folder} holds a run: {hint}")
+
+    def load(self) -> None:
+        """Go back to the folder's last.pt. UserError if it is of another network."""
+        file = self.folder / "last.pt"
+        checkpoint = load_checkpoint(file)
         self.history = checkpoint["history"]
         if len(self.history) > self.config["epochs"]:
-            raise UserError(f"--epochs is less than the {len(self.history)} that are done")
+            done = len(self.history)
+            raise UserError(f"--epochs is less than the {done} that are done")
         try:
             for name in SAVED:
                 getattr(self, name).load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError):  # other names, or weights of other shapes
-            raise UserError(f"{path} is no checkpoint of this network") from None
+            raise UserError(f"{file} is not a checkpoint of this network") from None
 
-    def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
-        """Add an epoch, given its sums, to the history, and go on in the schedule."""
-        row = {"epoch": len(self.history) + 1}
-        for part, sums in (("train", trained), ("val", validated)):
-            loss, hits, images = finite(sums)
-            row[f"{part}_loss"] = round(loss / images, 6)
-            row[f"{part}_accuracy"] = round(100 * hits / images, 3)
-        row["lr"] = float(f"{self.scheduler.get_last_lr()[0]:.6g}")
-        row["seconds"] = round(seconds, 2)
-        self.history.append(row)
-        self.scheduler.step()  # of epochs, not of batches
+    def save(self) -> None:
+        """Write the run as it is after an epoch, or before the first one.
 
-    def claim(self, folder: Path, may_hold_run: bool) -> None:
-        """Make the run folder and lock it until this process ends, however it ends.
-
-        UserError where another training has the lock, or where there is a run that must stay.
+        best.pt comes before last.pt: after a stop between the two, the epoch is
+        repeated and ends the same.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        # The kernel holds the lock as long as the file is open, also for a process that is killed.
-        self.lock = open(folder / ".lock", "a")  # noqa: SIM115 - not closed here
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            cure = "wait for it, or begin another run in another --run-dir"
-            raise UserError(f"another training is writing to {folder}: {cure}") from None
-        except OSError as error:  # some network disks have no locks
-            cure = "it must be on another disk"
-            raise UserError(f"{folder} cannot be locked, {error.strerror}: {cure}") from None
-        # Asked under the lock: two that start at once cannot both find the folder empty.
-        if not may_hold_run and any((folder / name).exists() for name in RUN_FILES):
-            raise UserError(f"{folder} holds a run: --resume goes on, --overwrite replaces it")
-
-    def save(self, folder: Path) -> None:
-        """Write the run as it stands after an epoch, or before the first, so any stop can resume.
-
-        best.pt comes before last.pt: a stop between them repeats the epoch, and ends the same.
-        """
-        # Tensors and plain Python types: torch.load(weights_only=True) takes nothing else
+        self.check_lock()
+        # Tensors and plain Python types: torch.load(weights_only=True) takes no others
         state = {name: getattr(self, name).state_dict() for name in SAVED}
-        state |= {"config": self.config, "history": self.history}
+        state["config"] = self.config
+        state["history"] = self.history
         buffer = io.BytesIO()
         torch.save(state, buffer)
+        content = buffer.getvalue()
         if self.history and self.best is self.history[-1]:
-            write_file(folder / "best.pt", buffer.getvalue())
-        write_file(folder / "last.pt", buffer.getvalue())
-        if not self.history:  # --overwrite: only now, as the new run is there, the old one goes
+            write_file(self.folder / "best.pt", content)
+        write_file(self.folder / "last.pt", content)
+        if not self.history:  # the new run is on disk: only now may an old one go
             for name in ("best.pt", "report.json"):
-                (folder / name).unlink(missing_ok=True)
-        # For people and for archived results; training never reads these two.
-        rows = [COLUMNS, *(row.values() for row in self.history)]
-        lines = [",".join(map(str, row)) for row in rows]
-        write_file(folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
-        write_file(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+                (self.folder / name).unlink(missing_ok=True)
+        self.save_for_people()
 
-    def epoch_line(self) -> str:
-        """What is printed after each epoch; * marks the best so far."""
-        row, mark = self.history[-1], " *" if self.best is self.history[-1] else ""
-        text = (
-            "epoch {epoch:2}/{} | train loss {train_loss:.4f} acc {train_accuracy:#.4g}"
-            " | val loss {val_loss:.4f} acc {val_accuracy:#.4g} | {seconds:.0f} s"
-        )
-        return text.format(self.config["epochs"], **row) + mark
+    def save_for_people(self) -> None:
+        """metrics.csv and config.json: for you and evaluate.py. Training reads neither."""
+        columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds"
+        lines = [columns]
+        for row in self.history:
+            lines.append(",".join(str(row[name]) for name in columns.split(",")))
+        write_file(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
+        settings = json.dumps(self.config, indent=2) + "\n"
+        write_file(self.folder / "config.json", settings.encode())
+
+
+# -- 3. The command line -----------------------------------------------------------
+
+# Every setting of a run, with its default. train_ddp.py has flags for the last group.
+DEFAULTS = {
+    "model": None,
+    "dataset": "auto",
+    "data_dir": "data",
+    "train_size": None,
+    "rotate": 10.0,
+    "shift": 0.0,
+    "epochs": 20,
+    "batch_size": 32,
+    "lr": 0.001,
+    "routing_iterations": 3,
+    "reconstruction": 0.0,
+    "seed": 0,
+    "device": None,
+    "compile": False,
+    "dry_run": False,
+    # one process in float32, unless train_ddp.py says otherwise
+    "script": "single",
+    "world_size": 1,
+    "precision": "fp32",
+    "accumulation_steps": 1,
+    "sync_bn": False,
+}
+MAY_CHANGE = ("resume", "epochs", "data_dir", "device", "compile")  # with --resume
+# Printed at the start and at the end, so that nobody mistakes one for the other
+NOTE = {
+    "mnist": "",
+    "digits": "\nNOTE: this is scikit-learn's 1,797 small digits, not MNIST",
+}
+
+
+def build_parser(description: str) -> "Parser":
+    """The flags that both training scripts have. Only flags that are given appear in
+    the result: see read_command."""
+    parser = Parser(description)
+    flag = parser.add_flag
+    count = number_between(int, 1, 1_000_000)
+    pixels = number_between(float, 0, 28)
+    flag("--model", choices=MODELS, help="which network; needed to start a run")
+    flag(
+        "--dataset",
+        choices=("auto", "mnist", "digits"),
+        help="auto: MNIST, or scikit-learn's digits if MNIST is not available",
+    )
+    flag("--data-dir", type=nonempty_path, metavar="DIR", help="holds MNIST/raw")
+    flag("--train-size", type=count, metavar="N", help="only the first N training images")
+    degrees = number_between(float, 0, 180)
+    flag("--rotate", type=degrees, metavar="R", help="turn digits by up to R degrees")
+    flag("--shift", type=pixels, metavar="S", help="move digits by up to S pixels")
+    flag("--epochs", type=count, metavar="N", help="passes over the training images")
+    flag("--batch-size", type=count, metavar="N", help="images per step and process")
+    rate = number_between(float, 1e-9, 100)
+    flag("--lr", type=rate, help="learning rate of Adam, times 0.7 every 2 epochs")
+    flag("--routing-iterations", type=count, metavar="N", help="of the digit capsules")
+    flag(
+        "--reconstruction",
+        type=number_between(float, 0, 100),
+        metavar="W",
+        help="weight of the decoder's loss; 0: no decoder. The paper's weight is 0.392; "
+        "with 20, the pictures follow the input after a few epochs",
+    )
+    flag("--seed", type=number_between(int, 0, 10**9), help="of everything random")
+    flag("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
+    flag(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile: a minute at first, then perhaps faster steps",
+    )
+    flag("--dry-run", action="store_true", help="one step of everything, in runs/dry-run")
+    flag(
+        "--run-dir",
+        type=nonempty_path,
+        metavar="DIR",
+        help="default: runs/<model>-<script>[-digits][-seedN]",
+    )
+    flag(
+        "--resume",
+        type=nonempty_path,
+        metavar="RUN",
+        help="continue the run in this folder; of the other flags only --epochs, "
+        "--data-dir, --device and --compile may then be given",
+    )
+    flag("--overwrite", action="store_true", help="replace the run in the run folder")
+    return parser
+
+
+def read_command(given: dict, script: dict) -> tuple[dict, Path]:
+    """The flags that were given -> the settings of the run, and its folder.
+
+    `script` holds the settings that the script itself decides.
+    """
+    if "resume" in given:
+        return resumed_settings(given, script), Path(given["resume"])
+    config = new_settings(given, script)
+    return config, run_folder(given, config)
+
+
+def new_settings(given: dict, script: dict) -> dict:
+    """The settings of a new run. MNIST may be downloaded here."""
+    config = DEFAULTS | only_settings(given) | script
+    if config["model"] is None:
+        raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
+    config["device"] = str(find_device(config["device"]))
+    config["effective_batch"] = (
+        config["batch_size"] * config["world_size"] * config["accumulation_steps"]
+    )
+    config["dataset"], reason = resolve_dataset(config["dataset"], config["data_dir"])
+    if reason:
+        print(f"NOTE: MNIST is not available: {reason}")
+    if config["dry_run"]:
+        config["epochs"] = 1
+        config["train_size"] = config["effective_batch"]
+    return config
+
+
+def resumed_settings(given: dict, script: dict) -> dict:
+    """The settings that a run began with, but for the few that may change."""
+    folder = given["resume"]
+    recorded = load_checkpoint(Path(folder) / "last.pt")["config"]
+    began_with = {name: recorded.get(name) for name in script}
+    if began_with != script:
+        needed = f"train_{recorded.get('script')}.py"
+        processes = f"{recorded.get('world_size')} process(es)"
+        raise UserError(f"{folder} must be resumed by {needed}, {processes}")
+    if recorded.get("model") not in MODELS:
+        raise UserError(f"{folder} is of another network, {recorded.get('model')}")
+    for name in given:
+        if name not in MAY_CHANGE:
+            flag = "--" + name.replace("_", "-")
+            hint = "a run keeps the settings that it began with"
+            raise UserError(f"{flag} does not go with --resume: {hint}")
+    config = DEFAULTS | recorded | only_settings(given)
+    config["device"] = str(find_device(config["device"]))
+    return config
+
+
+def only_settings(given: dict) -> dict:
+    """The flags that are settings of a run: not --run-dir, --resume and --overwrite."""
+    return {name: value for name, value in given.items() if name in DEFAULTS}
+
+
+def run_folder(given: dict, config: dict) -> Path:
+    """Where a new run goes: --run-dir, or a name that tells runs apart."""
+    if "run_dir" in given:
+        return Path(given["run_dir"])
+    if config["dry_run"]:
+        return Path("runs/dry-run")
+    name = f"{config['model']}-{config['script']}"
+    if config["dataset"] == "digits":
+        name += "-digits"
+    if config["seed"] > 0:
+        name += f"-seed{config['seed']}"
+    return Path("runs") / name
+
+
+# -- 4. Main -----------------------------------------------------------------------
+
+
+def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
+    """Training and validation images, on the device."""
+    network = MODELS[config["model"]]
+    images, labels = load(config["dataset"], config["data_dir"], "train")
+    size = config["train_size"]  # None: all of them
+    train_set = DigitBatches(
+        images[:size], labels[:size], network, device, config["rotate"], config["shift"]
+    )
+    images, labels = load(config["dataset"], config["data_dir"], "validation")
+    size = 200 if config["dry_run"] else None
+    return train_set, DigitBatches(images[:size], labels[:size], network, device)
+
+
+def open_folder(run: Run, given: dict) -> None:
+    """Lock the run's folder, then load the run that is there, or make sure none is.
+
+    Both happen under the lock, so no other training can come in between.
+    """
+    run.lock()
+    a_new_dry_run = run.config["dry_run"] and "run_dir" not in given
+    if "resume" in given:
+        run.load()
+    elif "overwrite" not in given and not a_new_dry_run:
+        run.refuse_to_replace()
+
+
+def begin(run: Run, train_set: DigitBatches) -> None:
+    """Save the run as it is, and say what is trained."""
+    config = run.config
+    config["hardware"] = describe_hardware(config["device"])
+    config["train_images"] = len(train_set)
+    run.save()
+    network = type(run.model).__name__
+    note = NOTE[config["dataset"]]
+    print(f"{network} in {config['precision']} on {config['hardware']}{note}")
+    print(
+        f"{len(train_set):,} images of {config['dataset']}, "
+        f"{config['effective_batch']} a step, learning rate {config['lr']:g}"
+    )
+    print(f"run folder: {run.folder}, epochs done: {len(run.history)}", flush=True)
+
+
+def print_stopped(run: Run, script: str) -> None:
+    """Ctrl-C: any moment is a good one to stop; say how to continue."""
+    command = f"{script} --resume {shell_path(run.folder)}"
+    print(f"\nstopped; to continue: {command}", file=sys.stderr)
+
+
+def print_outro(run: Run) -> None:
+    """How the run ended, and what to do next."""
+    best = run.best
+    note = NOTE[run.config["dataset"]]
+    print(f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}")
+    print(f"test it: python evaluate.py {shell_path(run.folder)}{note}")
+
+
+def main() -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        hint = "under torchrun, start train_ddp.py"
+        raise UserError(f"train_single.py is one process: {hint}")
+    given = vars(build_parser(__doc__).parse_args())
+    config, folder = read_command(given, {"script": "single", "world_size": 1})
+    device = torch.device(config["device"])
+    train_set, validation_set = make_datasets(config, device)
+    run = Run(config, folder, device)
+    open_folder(run, given)
+    begin(run, train_set)
+    try:
+        while len(run.history) < config["epochs"]:
+            start = time.perf_counter()
+            trained = train_one_epoch(run, train_set)
+            seconds = time.perf_counter() - start
+            validated = validate(run.model, validation_set)
+            run.finish_epoch(trained, validated, seconds)
+            run.save()
+            print(run.epoch_line(), flush=True)
+    except KeyboardInterrupt:
+        print_stopped(run, "python train_single.py")
+        raise
+    print_outro(run)
+
+
+# -- 5. Tools that the other scripts share -----------------------------------------
+
+
+def make_network(config: dict) -> nn.Module:
+    """The network of a run's settings, with new weights."""
+    network = MODELS[config["model"]]
+    return network(config["routing_iterations"], config["reconstruction"])
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write, flush, rename: at any moment `path` holds its old or its new content, whole.
+    """Write, flush, rename: at any moment `path` has its old or its new content, whole.
 
-    One writer at a time: of training, Run.claim sees to that.
+    Only one process may write a path at a time. In training, Run.lock ensures that.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         with open(scratch, "wb") as file:
             file.write(content)
             file.flush()  # from Python to the kernel,
-            os.fsync(file.fileno())  # and from there to the disk, before the name points to it
+            os.fsync(file.fileno())  # and from there to the disk, before the rename
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
@@ -270,223 +566,152 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What Run.save wrote to `path`; UserError if it is damaged or something else."""
+    """What Run.save wrote to `path`. UserError if it is damaged or something else."""
+    import zipfile
+
     content = io.BytesIO(path.read_bytes())
     with suppress(Exception):  # a damaged file makes the reader fail in any way at all
-        damaged = zipfile.ZipFile(content).testzip()  # torch.load does not compare checksums
+        damaged = zipfile.ZipFile(content).testzip()  # torch.load ignores checksums
         content.seek(0)
-        # weights_only: a pickle may run any code when it is loaded; this refuses all but tensors
-        # and plain types.
+        # weights_only: loading a pickle can run any code. This refuses everything but
+        # tensors and plain types.
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
         if damaged is None and {"config", "history", *SAVED} <= checkpoint.keys():
             return checkpoint
-    raise UserError(f"{path} is damaged, or no checkpoint of this program")
+    raise UserError(f"{path} is damaged, or not a checkpoint of this program")
 
 
-# -- 3. The command line ---------------------------------------------------------------------------
-
-# What train_ddp.py varies, as it is for this script
-FIXED = {"script": "single", "world_size": 1, "precision": "fp32", "accumulation_steps": 1}
-# Said at the start and at the end: nobody shall take the one for the other
-NOTE = {"mnist": "", "digits": "\nNOTE: this is scikit-learn's 1,797 small digits, not MNIST"}
-FREE = ("--resume", "--epochs", "--data-dir", "--device", "--compile")  # may change
-
-
-def number(kind: type, low: float, high: float, text: str) -> float:
-    """A type for argparse, by partial: an int or float within low..high."""
-    with suppress(ValueError):
-        if low <= kind(text) <= high:  # nan is not
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:g} to {high:g}")
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or the best one there is. UserError if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly
+            raise UserError(f"--device {name}: this code is written for cpu and cuda")
+        torch.empty(0, device=device)  # PyTorch itself says what is wrong
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason} (try --device cpu)") from None
+    return device
 
 
-def refuse(text: str) -> None:
-    """Raise it as a UserError."""
-    raise UserError(text)
+def describe_hardware(device: str) -> str:
+    """The GPU's name, or how many CPU threads compute."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
 
 
-def path(text: str) -> str:
-    """A type for argparse: a path, with ~ expanded; the shell leaves it in --data-dir=~/mnist."""
+def number_between(kind: type, low: float, high: float):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            number = kind(text)
+            if low <= number <= high:  # nan is not
+                return number
+        name = "an integer" if kind is int else "a number"
+        message = f"{text!r} is not {name} between {low:,} and {high:,}"
+        raise argparse.ArgumentTypeError(message)
+
+    return parse
+
+
+def nonempty_path(text: str) -> str:
+    """A type for argparse: a path, with ~ expanded (the shell leaves --data-dir=~/x)."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that both training scripts have."""
-    # fmt: off
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse  # a wrong flag is a mistake like any other
-    flag, count = parser.add_argument, partial(number, int, 1, 10**6)
-    rate, span = partial(number, float, 1e-9, 100), partial(number, float, 0, 180)
-    flag("--model", choices=MODELS, help="which network; needed to start a run")
-    flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
-         help="auto: MNIST, or scikit-learn's digits where MNIST cannot be had")
-    flag("--data-dir", type=path, metavar="DIR", default="data", help="holds MNIST/raw (data)")
-    flag("--epochs", type=count, metavar="N", default=20, help="passes over the images (20)")
-    flag("--batch-size", type=count, metavar="N", default=32, help="per step and process (32)")
-    flag("--lr", type=rate, default=1e-3, help="of Adam, times 0.7 every 2 epochs (0.001)")
-    flag("--routing-iterations", type=count, metavar="N", default=3, help="of capsules (3)")
-    flag("--rotate", type=span, metavar="R", default=10.0, help="digits by up to R degrees (10)")
-    flag("--shift", type=span, metavar="S", default=0.0, help="and move them by up to S pixels (0)")
-    flag("--train-size", type=count, metavar="N", help="at most the first N training images")
-    flag("--seed", type=partial(number, int, 0, 10**9), default=0, help="of all randomness (0)")
-    flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
-    flag("--compile", action="store_true", help="torch.compile: a minute first, then maybe faster")
-    flag("--dry-run", action="store_true", help="one step of everything, into runs/dry-run")
-    flag("--run-dir", type=path, metavar="DIR", help="else runs/<model>-<script>[-digits][-seedN]")
-    flag("--resume", type=path, metavar="RUN",
-         help="go on with the run in this folder; may change epochs, data-dir, device, compile")
-    flag("--overwrite", action="store_true", help="replace the run in the run folder")
-    # fmt: on
-    return parser
+def shell_path(path: Path) -> str:
+    """A path as one would type it: quoted, and never mistaken for a flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best one there is; UserError if there is none of it."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly, without a word
-            raise UserError(f"--device {name}: this code is written for cpu and cuda")
-        torch.empty(0, device=device)  # PyTorch itself says what is wrong with it
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError (one line), and a flag that is not given
+    does not appear in the result."""
 
+    def __init__(self, description: str):
+        super().__init__(
+            usage=argparse.SUPPRESS,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
 
-def read_command(parser: argparse.ArgumentParser, fixed: dict) -> tuple:
-    """The command line -> (settings, run folder, resume?, may the folder hold a run).
+    def add_flag(self, name: str, help: str, **options) -> None:
+        """add_argument, with the setting's default, if it has one, added to the help."""
+        default = DEFAULTS.get(name[2:].replace("-", "_"))
+        if default is not None and default is not False:
+            help += f" (default: {default})"
+        self.add_argument(name, help=help, **options)
 
-    `fixed` are settings that no flag chooses. MNIST may be downloaded here.
-    """
-    args = parser.parse_args()
-    if args.resume:
-        recorded = load_checkpoint(Path(args.resume) / "last.pt")["config"]
-        script, processes = recorded.get("script"), recorded.get("world_size")
-        if (script, processes) != (fixed["script"], fixed["world_size"]):
-            raise UserError(f"{args.resume} needs train_{script}.py, {processes} process(es)")
-        if recorded.get("model") not in MODELS:
-            raise UserError(f"{args.resume} is of another network, {recorded.get('model')}")
-        for flag in (word.split("=")[0] for word in sys.argv[1:]):
-            if flag.startswith("--") and flag not in FREE:
-                raise UserError(f"{flag} does not go with --resume: a run keeps what it began with")
-        # A resumed run is the command that began it, and what is added now
-        parser.set_defaults(**{k: recorded[k] for k in vars(args) if k in recorded})
-        args = parser.parse_args()
-    config = vars(args) | fixed
-    folder, resume, overwrite = (config.pop(name) for name in ("run_dir", "resume", "overwrite"))
-    if config["model"] is None:
-        raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
-    config["device"] = str(find_device(config["device"]))
-    processes, batches = config["world_size"], config["accumulation_steps"]
-    config["effective_batch"] = config["batch_size"] * processes * batches
-    if resume:
-        return config, Path(resume), True, True
-    config["dataset"], reason = resolve_dataset(config["dataset"], config["data_dir"])
-    if reason:
-        print(f"NOTE: MNIST could not be had: {reason}")
-    name = f"{config['model']}-{config['script']}"
-    name += "-digits" if config["dataset"] == "digits" else ""
-    name += f"-seed{config['seed']}" if config["seed"] else ""
-    if config["dry_run"]:
-        config |= {"epochs": 1, "train_size": config["effective_batch"]}
-        name, overwrite = "dry-run", overwrite or not folder
-    return config, Path(folder or f"runs/{name}"), False, overwrite
-
-
-# -- 4. Main ---------------------------------------------------------------------------------------
-
-
-def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
-    """Training and validation images on the device. A dry run validates on 200 of them only."""
-    name, data_dir, network = config["dataset"], config["data_dir"], MODELS[config["model"]]
-    images, labels = (part[: config["train_size"]] for part in load(name, data_dir, "train"))
-    train_set = DigitBatches(images, labels, network, device, config["rotate"], config["shift"])
-    count = 200 if config["dry_run"] else None
-    images, labels = (part[:count] for part in load(name, data_dir, "validation"))
-    return train_set, DigitBatches(images, labels, network, device)
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel after every step.
+    """Let glibc keep freed memory instead of returning it to the kernel in every step.
 
-    Feature maps of 25 MB would be handed back and faulted in again, page by page, in each step.
-    Elsewhere it has no effect.
+    Otherwise feature maps of 25 MB would be returned and mapped again, page by page, in
+    each step. On other systems this has no effect.
     """
+    import ctypes
+
     with suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
 
 
-def begin(run: Run, folder: Path, train_set: DigitBatches, script: str) -> None:
-    """Save the run as it stands, and say what is trained and, on Ctrl-C, how to go on."""
-    config = run.config
-    gpu = torch.cuda.get_device_name() if config["device"].startswith("cuda") else ""
-    config["hardware"] = gpu or f"{torch.get_num_threads()} CPU threads"
-    config["train_images"] = len(train_set)
-    run.save(folder)
-    size, lr, note = config["effective_batch"], config["lr"], NOTE[config["dataset"]]
-    print(f"{type(run.model).__name__} in {config['precision']} on {config['hardware']}{note}")
-    print(f"{len(train_set):,} images of {config['dataset']}, {size} a step, learning rate {lr:g}")
-    print(f"run folder: {folder}, epochs done: {len(run.history)}", flush=True)
+def open_streams() -> None:
+    """Make stdout and stderr safe to print to.
 
-    def stop(*_) -> None:
-        print(f"\nstopped; to go on: {script} --resume {shlex.quote(str(folder))}", file=sys.stderr)
-        os._exit(130)  # at once, as kill -9 would: every moment is a good one to stop
-
-    signal.signal(signal.SIGINT, stop)
-
-
-def print_outro(run: Run, folder: Path) -> None:
-    """How the run ended and what to do next."""
-    best, digits = run.best, NOTE[run.config["dataset"]]
-    print(f"best validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}")
-    print(f"test it: python evaluate.py {shlex.quote(str(folder))}{digits}")
+    A stream that was closed (>&-) is None in Python. A character that the terminal
+    cannot show is printed as its code.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
-    """Call main, then leave(code); a mistake is one line and code 2. A traceback means a bug.
+    """Call main, then leave(code). A mistake is one line and code 2.
 
-    Of several processes that all found it, one prints it, and the others are quiet.
+    A traceback means a bug. If several processes found the same mistake, one prints it,
+    and the others are quiet.
     """
+    import signal
+
+    open_streams()
     keep_freed_memory()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     code = 0
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: a file that cannot be read or written
+        sys.stdout.flush()  # os._exit does not
+    except (UserError, OSError) as error:  # OSError: a file cannot be read or written
         code = 2
-        if quiet:  # torchrun ends all as soon as one fails: let that be the one that prints
-            time.sleep(30)  # still alive after that, this process alone knows what is wrong
+        if quiet:  # torchrun ends all processes as soon as one fails: let that one print
+            time.sleep(30)  # still alive: this process alone knows what is wrong
         print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:  # before there is anything to go on with
+        with suppress(OSError):
+            sys.stdout.flush()
+    except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()  # not every way to leave does
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # a notebook lives on
     leave(code)
 
 
-def main() -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        raise UserError("train_single.py is one process: under torchrun, start train_ddp.py")
-    config, folder, resume, may_hold_run = read_command(build_parser(__doc__), FIXED)
-    device = torch.device(config["device"])
-    train_set, validation_set = make_datasets(config, device)
-    run = Run(config, device)
-    run.claim(folder, may_hold_run)
-    if resume:  # read under the lock, so that nobody else can write it any more
-        run.load(load_checkpoint(folder / "last.pt"), folder / "last.pt")
-    begin(run, folder, train_set, "python train_single.py")
-    while len(run.history) < config["epochs"]:
-        start = time.perf_counter()
-        trained = train_one_epoch(run, train_set)
-        seconds = time.perf_counter() - start
-        run.finish_epoch(trained, validate(run.model, validation_set), seconds)
-        run.save(folder)
-        print(run.epoch_line(), flush=True)
-    print_outro(run, folder)
-
-
 if __name__ == "__main__":
-    run_main(main, quiet="TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0")
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    run_main(main, quiet=under_torchrun and os.environ["LOCAL_RANK"] != "0")

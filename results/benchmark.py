@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import transforms
 
 import train_single
-from capsules import DigitCapsules, capsule_lengths, margin_loss, squash
+from capsules import DigitCapsules, squash
 from data import DigitBatches, UserError
 from train_ddp import PRECISIONS
 from train_single import MODELS, Run
@@ -148,8 +148,8 @@ def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
 
 def new_run(model: str, precision: str, compiled: bool, device: torch.device) -> Run:
     """A run at its start, as the training scripts make it."""
-    config = {"model": model, "precision": precision, "compile": compiled}
-    return Run(config | {"routing_iterations": 3, "seed": 0, "lr": 1e-3}, device)
+    settings = {"model": model, "precision": precision, "compile": compiled}
+    return Run(train_single.DEFAULTS | settings, Path("unused"), device)
 
 
 def step_of(run: Run, forward: nn.Module, batch_size: int):
@@ -161,8 +161,8 @@ def step_of(run: Run, forward: nn.Module, batch_size: int):
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            lengths = capsule_lengths(forward(images))
-        run.scaler.scale(margin_loss(lengths, labels)).backward()
+            loss = run.model.loss(forward(images), images, labels)
+        run.scaler.scale(loss).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()

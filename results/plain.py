@@ -24,20 +24,30 @@ from rescaps import ResCapsNet
 
 
 class WithoutCapsules(nn.Module):
-    """A base class that stands before a capsule network, and takes the capsules from it.
+    """A base class that stands before a capsule network and takes the capsules from it.
 
-    The convolutions, the primary capsules' included, are the network's own and start with its own
-    weights. ReLU stands for squash. [B, 1, side, side] -> ten scores, logits [B, 10].
+    The convolutions, including that of the primary capsules, are the network's own and
+    start with its own weights. ReLU replaces squash, a linear layer the digit capsules.
+    [B, 1, side, side] -> ten scores, the logits [B, 10].
     """
 
-    def __init__(self, routing_iterations: int = 3):
+    def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
+        if reconstruction > 0:
+            raise UserError("--reconstruction: a plain network has no capsule to draw from")
         super().__init__(routing_iterations)
         N, I, _ = self.digits.weight.shape  # one matrix for each primary capsule
         self.digits = nn.Linear(N * I, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.primary.conv(self.features(images)).relu()  # [B, types*I, H', W'], N = H'*W'*types
-        return self.digits(x.flatten(1))  # [B, N*I] -> [B, 10]
+        x = self.primary.conv(self.features(images))  # -> [B, types*I, H', W']
+        x = x.relu().flatten(1)  # -> [B, N*I], N = H' * W' * types
+        return self.digits(x)  # -> [B, 10]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return at_least_float32(logits)
+
+    def loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.scores(logits), labels)
 
 
 class PlainAlexNet(WithoutCapsules, AlexCapsNet):
@@ -49,7 +59,6 @@ class PlainResNet(WithoutCapsules, ResCapsNet):
 
 
 NETWORKS = {"plain-alexcaps": PlainAlexNet, "plain-rescaps": PlainResNet}
-SCORES, LOSS = at_least_float32, nn.functional.cross_entropy  # of logits; a loss needs 32 bits
 
 
 def write_report() -> None:
@@ -59,7 +68,7 @@ def write_report() -> None:
     run = evaluate.read_run(Path(sys.argv[1]))
     images, labels = load(run["config"]["dataset"], run["config"]["data_dir"], "test")
     model = evaluate.load_network(run, train_single.find_device(None))
-    report, _ = evaluate.measure(run, model, images, labels, SCORES)
+    report, _ = evaluate.measure(run, model, images, labels)
     train_single.write_file(run["folder"] / "report.json", json.dumps(report).encode())
     print(f"test accuracy {report['accuracy']:.2f} %, {report['errors']} errors")
 
@@ -69,10 +78,7 @@ def main() -> None:
     scripts["evaluate.py"] = write_report
     if len(sys.argv) < 2 or sys.argv[1] not in scripts:
         raise UserError(f"first name a script: {', '.join(scripts)}")
-    train_single.MODELS.clear()  # the others' scores and loss are replaced below
     train_single.MODELS.update(NETWORKS)
-    for script in (train_single, train_ddp):  # the loops look both up by these names in each step
-        script.capsule_lengths, script.margin_loss = SCORES, LOSS
     scripts[sys.argv.pop(1)]()
 
 
