@@ -2,15 +2,14 @@
 
     python alexcaps.py          prints the shape after each step and the parameter count
 
-It has 2,677,696 parameters. AlexNet is Krizhevsky, Sutskever, Hinton, NeurIPS 2012, here
-with the channels of its 2014 version (arXiv:1404.5997), as in torchvision. The capsule
-hybrid follows a student report, with three departures, each marked below.
+It has 2,677,696 parameters. AlexNet is from Krizhevsky, Sutskever, Hinton, NeurIPS 2012,
+here with the channels of its 2014 version (arXiv:1404.5997), as in torchvision. The
+capsule hybrid follows a student report, with three departures, each marked below.
 """
 
-import torch
 from torch import nn
 
-from capsules import CapsuleNetwork, DigitCapsules, PrimaryCapsules
+from capsules import CapsuleNetwork, DigitCapsules, PrimaryCapsules, print_shapes
 
 
 class AlexCapsNet(CapsuleNetwork):
@@ -23,8 +22,8 @@ class AlexCapsNet(CapsuleNetwork):
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         # Departure 1: the report keeps AlexNet's 11x11 convolution with stride 4, made
-        # for photographs of 224x224. It leaves 2x2 places after two layers, and the
-        # three 3x3 convolutions behind it then see mostly padding.
+        # for photographs of 224x224. On digits it leaves 2x2 places after the second
+        # convolution, and the three 3x3 convolutions then see mostly padding.
         #
         # Pooling comes before ReLU: max(max(x, 0)) = max(0, max(x)), so the network is
         # the same, but ReLU has less than a quarter of the numbers to compute.
@@ -43,21 +42,15 @@ class AlexCapsNet(CapsuleNetwork):
             nn.MaxPool2d(3, stride=2),  # [B, 256, 2, 2]
             nn.ReLU(inplace=True),
         )
-        # Departure 2: the primary capsules are squashed, as in the paper. The report
-        # does not squash them. There are 32 at each of 2x2 places: [B, 128, 8].
+        # Departure 2: the primary capsules are squashed, as in [S17]. The report does
+        # not squash them. There are 32 at each of 2x2 places: [B, 128, 8].
         primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)
         digits = DigitCapsules(N=128, I=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 3: the initialisation (initialise_convolutions and DigitCapsules
         # have the rules). With PyTorch's default, the report's network classified 33 %
-        # of the digits correctly over its first epoch, says its log.
+        # of the digits correctly over its first epoch, according to its log.
         super().__init__(features, primary, digits, reconstruction)
 
 
 if __name__ == "__main__":
-    model = AlexCapsNet()
-    x = torch.randn(2, 1, model.side, model.side)
-    for layer in (*model.features, model.primary, model.digits):
-        x = layer(x)
-        print(f"{type(layer).__name__:16s} {list(x.shape)}")
-    print("lengths at the start", model.scores(x).mean().item())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print_shapes(AlexCapsNet())

@@ -1,14 +1,14 @@
 """Capsules: squash, routing, margin loss, decoder, and the network that combines them.
 
 Read this file first. A capsule is a small vector. Its LENGTH says how sure the network
-is that something is present. Its DIRECTION should say in which pose.
+is that something is present. Its DIRECTION should say in which pose it is.
 
 Two papers are used throughout:
 
     [S17] Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, NeurIPS 2017
     [H15] He, Zhang, Ren, Sun: Delving Deep into Rectifiers, ICCV 2015
 
-Dimensions, named once for all files (a capital letter is a size, a small one an index):
+Dimensions, named once for all files (a capital letter is a size, a lower-case one an index):
 
     B  images in the batch
     N  primary capsules, i = 1..N        I  numbers in a primary capsule (8)
@@ -87,8 +87,8 @@ def dynamic_routing(
     """
     votes = at_least_float32(votes)
     B, J, N = votes.shape[:3]
-    # Iteration 1. The logits b_ij start at 0, so softmax gives each of the J digits the
-    # share 1/J, and s_j is a plain sum: we need neither softmax nor matrix product.
+    # Iteration 1. The logits b_ij start at 0, so softmax gives each of the J digits an
+    # equal share, 1/J, and s_j is a plain sum: no softmax, no matrix product.
     #
     #   c_ij = 1 / J       s_j = sum_i c_ij u^_j|i      v_j = squash(s_j)
     #                                                               [S17] procedure 1
@@ -97,12 +97,13 @@ def dynamic_routing(
     b = votes.new_zeros(B, J, N)
     for _ in range(iterations - 1):
         #   b_ij = b_ij + u^_j|i . v_j                              [S17] procedure 1
-        # The scalar product has only D = 16 terms: multiply and sum is faster here than
-        # a matrix product, above all in the backward pass.
+        # The scalar product has only D = 16 terms: multiplying and summing is faster
+        # here than a matrix product, above all in the backward pass.
         # [B, J, N, D] * [B, J, 1, D] -> [B, J, N]
         b = b + (votes * v.unsqueeze(2)).sum(dim=3)
         #   c_ij = exp(b_ij) / sum_k exp(b_ik)                            [S17] eq. 3
-        # The softmax runs over the digits j: primary capsule i divides ITSELF.
+        # The softmax runs over the digits j: each primary capsule divides its output
+        # among the digits.
         c = b.softmax(dim=1)
         #   s_j = sum_i c_ij u^_j|i                                       [S17] eq. 2
         # [B, J, 1, N] @ [B, J, N, D] -> [B, J, D]
@@ -156,19 +157,20 @@ class DigitCapsules(nn.Module):
         #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2
         #
         # where |u| is near 1 (PrimaryCapsules squashes). We want |s_j| = 1/5. Then
-        # |v_j| = (1/25) / (1 + 1/25), about 0.04. That is below m- = 0.1, the margin of
-        # an absent digit, so nine digits start without loss, whatever the image. The
-        # true digit's loss, (0.9 - 0.04)^2, is near its steepest.
-        # A much smaller |s_j| leaves training on a plateau at 10 % accuracy, since the
-        # gradient shrinks with it. With a larger one, nine wrong capsules must first be
-        # pushed down.
+        # |v_j| = (1/25) / (1 + 1/25), about 0.04. That is below the margin m- = 0.1, so
+        # the nine absent digits start without loss, and the true digit's loss,
+        # (0.9 - 0.04)^2, is near its steepest. With a much smaller |s_j|, training stays
+        # at 10 % accuracy for a while, because the gradient shrinks with |s_j|. With a
+        # much larger |s_j|, the nine absent digits start above the margin and must first
+        # be pushed down.
         nn.init.normal_(self.weight, std=J / (5 * math.sqrt(D * N)))
 
     def forward(self, u: Tensor, return_couplings: bool = False):
         #   u^_j|i = W_ij u_i                                             [S17] eq. 2
-        # as a batch of N matrix products, [B, I] @ [I, J*D]. W is used where it lies:
-        # many implementations copy it once per image, 0.7 to 6.6 MB each time.
-        # (squash returns float32 even if the weights have 16 bits, hence the .to.)
+        # as a batch of N matrix products, [B, I] @ [I, J*D]. W is not copied. Many
+        # implementations copy it once per image: 0.7 MB in AlexCapsNet, 6.6 MB in
+        # ResCapsNet. (squash returns float32 even if the weights have 16 bits, hence
+        # the .to.)
         u = u.transpose(0, 1).to(self.weight.dtype)  # [B, N, I] -> [N, B, I]
         votes = torch.bmm(u, self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
@@ -205,7 +207,7 @@ class Decoder(nn.Module):
     resemble the input, the capsule's D numbers must say how the digit is written.
 
         capsules        mask         one vector      three linear layers
-        [B, J, D]  ->  keep one  ->  [B, J*D]   ->  512 -> 1024 -> 784 = 28 * 28
+        [B, J, D]  ->  keep one  ->  [B, J*D]   ->  512 -> 1024 -> 784 = 28 * 28 pixels
 
     1,411,344 parameters for J = 10 and D = 16.
     """
@@ -218,15 +220,16 @@ class Decoder(nn.Module):
             nn.Linear(512, 1024),  # [B, 512] -> [B, 1024]
             nn.ReLU(inplace=True),
             nn.Linear(1024, 28 * 28),  # [B, 1024] -> [B, 784]
-            nn.Sigmoid(),  # brightness: 0 is black, 1 is white
         )
 
     def forward(self, capsules: Tensor, digits: Tensor) -> Tensor:
         """Draw from the capsules of `digits` [B]; all others are masked to zero."""
         mask = nn.functional.one_hot(digits, capsules.shape[1])  # [B] -> [B, J]
         kept = capsules * mask.unsqueeze(2)  # [B, J, D] * [B, J, 1]
-        pixels = self.layers(kept.flatten(1))  # [B, J, D] -> [B, J*D] -> [B, 784]
-        return at_least_float32(pixels).view(-1, 1, 28, 28)
+        x = self.layers(kept.flatten(1))  # [B, J, D] -> [B, J*D] -> [B, 784]
+        # In bfloat16 the sigmoid of 6.5 would be exactly 1, with the gradient 0.
+        pixels = at_least_float32(x).sigmoid()  # 0 is black, 1 is white
+        return pixels.view(-1, 1, 28, 28)
 
 
 # -- What AlexCapsNet and ResCapsNet have in common -----------------------------------
@@ -241,7 +244,7 @@ def initialise_convolutions(model: nn.Module) -> None:
 
     The convolution of the primary capsules gets twice that standard deviation. Then
     even the weakest capsule has |u| near 1, as DigitCapsules assumes. And a step of
-    Adam, whose size does not grow with the weights, turns a capsule half as far.
+    Adam, which does not grow with the weights, turns these capsules half as far.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -273,7 +276,7 @@ class CapsuleNetwork(nn.Module):
         initialise_convolutions(self)
         self.reconstruction = reconstruction
         self.decoder = None
-        if reconstruction > 0:  # built last, so the rest starts with the same weights
+        if reconstruction > 0:  # built last: the rest starts as it does without it
             self.decoder = Decoder(digits.J, digits.D)
 
     def forward(self, images: Tensor, return_couplings: bool = False):
@@ -308,3 +311,13 @@ class CapsuleNetwork(nn.Module):
         """
         pictures = nn.functional.adaptive_avg_pool2d(images, 28)
         return pictures * self.std + self.mean
+
+
+def print_shapes(model: CapsuleNetwork) -> None:
+    """The shape after each step, how long the capsules are at the start, parameters."""
+    x = torch.randn(2, 1, model.side, model.side)
+    for layer in (*model.features, model.primary, model.digits):
+        x = layer(x)
+        print(f"{type(layer).__name__:16s} {list(x.shape)}")
+    print("lengths at the start", model.scores(x).mean().item())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,18 +1,19 @@
 """MNIST (or scikit-learn's digits) as batches on the training device, in reproducible epochs.
 
-Images stay on the device as uint8 (MNIST: 47 MB). A whole batch is turned into network input by one
-grid_sample: that costs an eleventh (28x28) to a third (78x78) of doing it one by one with PIL.
-Everything random in epoch e is a function of (seed, e) alone: a resumed run needs no saved random
-state, and one process at batch 64 sees exactly the images that two processes at batch 32 see.
+The images stay on the device as uint8 (MNIST: 47 MB). One grid_sample turns a whole batch
+into network input. That is 11 times as fast as PIL image by image at 28x28, and 3 times at
+78x78.
+
+Everything random in an epoch depends on (seed, epoch) alone. So a resumed run needs no
+saved random state, and one process with batches of 64 sees exactly the images that two
+processes with batches of 32 see.
 """
 
-import contextlib
 import gzip
 import hashlib
-import io
 import os
-import socket
-import tempfile
+import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -22,31 +23,34 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 VALIDATION_SIZE = {"mnist": 5000, "digits": 200}
-SPLIT_SEED = 20171026  # of the validation part, whatever --seed: else runs could not be compared
-SILENCE_SECONDS = 15  # a download that brings no byte for this long is given up
-# MNIST's files, unpacked, and their checksums. FashionMNIST has the same names and sizes: only the
-# content tells them apart.
+# The validation images are the same for every --seed, so that runs with different seeds
+# can be compared.
+SPLIT_SEED = 20171026
+# MNIST's files, unpacked, and their checksums. FashionMNIST's files have the same names and
+# sizes: only their content differs.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+SILENCE_SECONDS = 15  # a mirror from which nothing arrives for so long is given up
+DOWNLOAD_SECONDS = 300  # for all files from all mirrors
+FILE_BYTES = 10_000_000  # the largest file of MNIST has 9,912,422 (packed)
 
 
 class UserError(Exception):
-    """Something that the user can mend. One line: what is wrong, what to do. Exit code 2."""
+    """A mistake that the user can fix. One line: what is wrong, what to do. Exit code 2."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Finding the data
-# ------------------------------------------------------------------------------------------------
+# -- Finding the data --------------------------------------------------------------
 
 
 def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
-    """The content of one MNIST file, unpacked; None if missing, UserError if it is not MNIST's.
+    """The content of one MNIST file, unpacked. None if it is missing.
 
-    What is checked is what is returned, so nothing else in the folder can be read by mistake.
+    UserError if it is not MNIST's. The content that is checked is the content that is
+    returned, so nothing else in the folder can be read by mistake.
     """
     path = Path(data_dir) / "MNIST" / "raw" / name
     if not path.exists():
@@ -59,47 +63,73 @@ def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
         return None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         content = b""  # half a file: its checksum is wrong as well
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_MD5[name]:
-        raise UserError(
-            f"{path} is not MNIST's: it is damaged, or of another dataset; move it elsewhere, or "
-            "give another --data-dir"
-        )
+    if md5(content) != MNIST_MD5[name]:
+        hint = "move it elsewhere, or give another --data-dir"
+        raise UserError(f"{path} is not MNIST's (damaged, or of another dataset): {hint}")
     return content
 
 
+def md5(content: bytes) -> str:
+    """The checksum that MNIST's files are known by."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def download_mnist(data_dir: str | Path) -> None:
-    """Download MNIST into data_dir by torchvision; UserError if that fails.
+    """Download MNIST's four files into data_dir. UserError if that fails.
 
-    The files arrive in a scratch folder and are moved when they are whole, so that a stop in the
-    middle leaves nothing half-written in their place.
+    They are written when all four are complete, and each gets its name when it is whole.
     """
-    import torchvision  # here, as its import takes long and only a download needs it
+    from torchvision.datasets import MNIST  # slow to import, and only needed here
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_SECONDS)  # else a network that swallows packets blocks us
-    try:
-        os.makedirs(data_dir, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as scratch,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            torchvision.datasets.MNIST(scratch, download=True)
-            raw = Path(data_dir) / "MNIST" / "raw"
-            raw.mkdir(parents=True, exist_ok=True)
-            for name in MNIST_MD5:
-                os.replace(Path(scratch) / "MNIST" / "raw" / name, raw / name)
-    except Exception as error:  # noqa: BLE001 - whatever it was, the user is told
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"its download failed: {lines[-1]}") from None
-    finally:
-        socket.setdefaulttimeout(before)
+    give_up = time.monotonic() + DOWNLOAD_SECONDS
+    contents = {}
+    for packed_name, checksum in MNIST.resources:  # "train-images-idx3-ubyte.gz", its MD5
+        packed = download_from_mirrors(MNIST.mirrors, packed_name, checksum, give_up)
+        contents[packed_name.removesuffix(".gz")] = gzip.decompress(packed)
+    raw = Path(data_dir) / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        scratch = raw / f".{name}.{os.getpid()}.tmp"  # another process may download, too
+        scratch.write_bytes(content)
+        os.replace(scratch, raw / name)
+
+
+def download_from_mirrors(mirrors: list[str], name: str, checksum: str, give_up: float) -> bytes:
+    """The file from the first mirror that has it. UserError if none does."""
+    reasons = []
+    for mirror in mirrors:
+        try:
+            content = download(mirror + name, give_up)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next mirror may do
+            reasons.append(f"{mirror}: {error or type(error).__name__}")
+            continue
+        if md5(content) == checksum:
+            return content
+        reasons.append(f"{mirror}: another file, or an incomplete one")
+    raise UserError(f"the download failed ({'; '.join(reasons)})")
+
+
+def download(url: str, give_up: float) -> bytes:
+    """What a server answers, if it is not silent, endless, or late.
+
+    `give_up` is a time of time.monotonic().
+    """
+    content = bytearray()
+    with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
+        while piece := response.read1(100_000):  # what has arrived, at most 100 kB
+            content += piece
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} s")
+            if len(content) > FILE_BYTES:
+                raise ValueError(f"more than {FILE_BYTES:,} bytes")
+    return bytes(content)
 
 
 def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
-    """What "auto", "mnist" or "digits" means here: (name, why MNIST could not be had or "").
+    """What "auto", "mnist" or "digits" means here: (name, why MNIST is missing or "").
 
-    "auto" falls back to the digits only where MNIST cannot be had. A file that is not MNIST's is an
-    error under "auto" too. "digits" never asks the network.
+    "auto" falls back to the digits only if MNIST is not available. A file that is not
+    MNIST's is an error under "auto", too. "digits" never asks the network.
     """
     if choice == "digits":
         return "digits", ""
@@ -108,128 +138,170 @@ def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
         return "mnist", ""
     try:
         download_mnist(data_dir)
-        return "mnist", ""
-    except UserError as error:
-        reason = f"{data_dir} has no {', no '.join(f'MNIST/raw/{name}' for name in missing)}"
+    except (UserError, OSError) as error:
+        names = ", no ".join(f"MNIST/raw/{name}" for name in missing)
+        reason = f"{data_dir} has no {names}, and {error}"
         if choice == "auto":
-            return "digits", f"{reason}, and {error}"
-        raise UserError(
-            f"{reason}, and {error}; put MNIST's files there, or use --dataset digits"
-        ) from None
+            return "digits", reason
+        hint = "put MNIST's files there, or use --dataset digits"
+        raise UserError(f"{reason}; {hint}") from None
+    return "mnist", ""
 
 
 def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images uint8 [n, 28, 28] and labels int64 [n] of part "train", "validation" or "test".
+    """Images uint8 [n, 28, 28] and labels int64 [n] of "train", "validation" or "test".
 
-    The test part is evaluate.py's alone; training never loads it.
+    Only evaluate.py loads the test part; training never does.
     """
     if name == "mnist":
-        stem = "t10k" if part == "test" else "train"
-        kinds = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
-        contents = [read_mnist(data_dir, kind) for kind in kinds]
-        if None in contents:
-            raise UserError(f"MNIST is not in {data_dir}: give its folder with --data-dir")
-        # IDX format: 16 bytes of header before the images, 8 before the labels, then one byte each
-        images, labels = (torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents)
-        images, labels = images[16:].view(-1, 28, 28), labels[8:].long()
+        images, labels = load_mnist(data_dir, test=part == "test")
     else:
-        images, labels = _digits(test=part == "test")
+        images, labels = load_digits(test=part == "test")
     if part == "test":
         return images, labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(labels), generator=generator)
     held_out = VALIDATION_SIZE[name]
     chosen = order[:held_out] if part == "validation" else order[held_out:]
     return images[chosen], labels[chosen]
 
 
-def _digits(test: bool) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits of 8x8 in 0..16 as uint8 28x28; a fixed stratified test part."""
-    from sklearn.datasets import load_digits
+def load_mnist(data_dir: str | Path, test: bool) -> tuple[Tensor, Tensor]:
+    """MNIST's 60,000 training or 10,000 test digits. UserError if they are not there."""
+    stem = "t10k" if test else "train"
+    images = read_mnist(data_dir, f"{stem}-images-idx3-ubyte")
+    labels = read_mnist(data_dir, f"{stem}-labels-idx1-ubyte")
+    if images is None or labels is None:
+        raise UserError(f"MNIST is not in {data_dir}: give its folder with --data-dir")
+    # The IDX format: a header (16 bytes before images, 8 before labels), then one byte for
+    # each pixel or label. bytearray, since a tensor's memory must be writable.
+    pixels = torch.frombuffer(bytearray(images), dtype=torch.uint8)[16:]
+    classes = torch.frombuffer(bytearray(labels), dtype=torch.uint8)[8:]
+    return pixels.view(-1, 28, 28), classes.long()
+
+
+def load_digits(test: bool) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 digits of 8x8 pixels in 0..16, enlarged to uint8 28x28.
+
+    360 of them, always the same ones and about equally many of each class, are the test
+    part.
+    """
+    from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-    images, labels = (parts[1], parts[3]) if test else (parts[0], parts[2])
-    images = torch.from_numpy(images).view(-1, 1, 8, 8) * (255 / 16)
+    digits, classes = datasets.load_digits(return_X_y=True)
+    train_digits, test_digits, train_classes, test_classes = train_test_split(
+        digits, classes, test_size=360, stratify=classes, random_state=0
+    )
+    if test:
+        digits, classes = test_digits, test_classes
+    else:
+        digits, classes = train_digits, train_classes
+    images = torch.from_numpy(digits).view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, (28, 28), mode="bilinear", align_corners=False)
-    return images.squeeze(1).round().to(torch.uint8), torch.from_numpy(labels).long()
+    return images.squeeze(1).round().to(torch.uint8), torch.from_numpy(classes).long()
 
 
-# ------------------------------------------------------------------------------------------------
-# From images to network input
-# ------------------------------------------------------------------------------------------------
+# -- From images to network input --------------------------------------------------
 
 
 def images_to_input(
     images: Tensor, model, degrees: Tensor | None = None, shifts: Tensor | None = None
 ) -> Tensor:
-    """uint8 [B, 28, 28] -> what `model` wants: float32 [B, 1, side, side], rotated, standardised.
+    """uint8 [B, 28, 28] -> what `model` wants: float32 [B, 1, side, side], standardised.
 
-    shifts [B, 2] moves each image by its own pixels, of 28, to the right and down; then degrees [B]
-    turns it by its own angle, counter-clockwise as torchvision's rotate does. Shift, rotation and
-    resize are ONE bilinear grid_sample; standardisation comes after it, so that the corners which
-    turn into the picture are black (0) and not grey (mean). TypeError if images are not uint8.
+    shifts [B, 2] moves each image by its own pixels (of 28), to the right and down. Then
+    degrees [B] turns it by its own angle, counter-clockwise as torchvision's rotate does.
+    Shift, rotation and resize are ONE bilinear grid_sample. It comes before standardisation,
+    so that corners which turn into the picture are black (0) and not grey (the mean).
+    TypeError if the images are not uint8: floats in 0..1 would be divided by 255 again.
     """
-    if images.dtype != torch.uint8:  # floats in 0..1 would be divided by 255 again
-        raise TypeError(f"images_to_input wants uint8 images in 0..255, not {images.dtype}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images_to_input wants uint8 in 0..255, not {images.dtype}")
     x = images.unsqueeze(1).float() / 255  # [B, 28, 28] -> [B, 1, 28, 28] in 0..1
-    if degrees is not None or shifts is not None or model.side != x.shape[-1]:
-        zero = torch.zeros(len(x), device=x.device)
-        angle = zero if degrees is None else torch.deg2rad(degrees)
-        cos, sin = angle.cos(), angle.sin()
-        # grid_sample's coordinates run from -1 to 1, so a pixel is 2 / 28 wide
-        right, down = (zero, zero) if shifts is None else (shifts * (2 / x.shape[-1])).unbind(1)
-        # Each OUTPUT place (x, y) asks where it comes from: (x cos - y sin, x sin + y cos), and, as
-        # the shift came first, from `right` further left. The y axis points down, hence this matrix
-        # turns the picture counter-clockwise.
-        theta = torch.stack([cos, -sin, -right, sin, cos, -down], dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(theta, [len(x), 1, model.side, model.side], align_corners=False)
+    as_they_are = degrees is None and shifts is None
+    if not as_they_are or model.side != x.shape[-1]:
+        grid = sampling_grid(x, model.side, degrees, shifts)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (x - model.mean) / model.std
 
 
+def sampling_grid(x: Tensor, side: int, degrees: Tensor | None, shifts: Tensor | None) -> Tensor:
+    """Where each pixel of the output comes from in x [B, 1, 28, 28]: [B, side, side, 2].
+
+    Coordinates run from -1 to 1 across the picture, so a pixel is 2 / 28 wide.
+    """
+    zero = torch.zeros(len(x), device=x.device)
+    angle = zero if degrees is None else torch.deg2rad(degrees)
+    right = zero if shifts is None else shifts[:, 0] * (2 / x.shape[-1])
+    down = zero if shifts is None else shifts[:, 1] * (2 / x.shape[-1])
+    cos = angle.cos()
+    sin = angle.sin()
+    # The output's place (x, y) shows what was at
+    #
+    #   ( cos  -sin ) ( x )     ( right )
+    #   ( sin   cos ) ( y )  -  ( down  )
+    #
+    # since the shift came first. The y axis points down, so this matrix turns the picture
+    # counter-clockwise.
+    rows = [cos, -sin, -right, sin, cos, -down]
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
+    return F.affine_grid(theta, [len(x), 1, side, side], align_corners=False)
+
+
 def epoch_seed(seed: int, epoch: int) -> int:
-    """The sampler's seed in an epoch: runs of different --seed share none below 1000 epochs."""
+    """The seed of an epoch's random numbers. Runs of different --seed share none of them, as
+    long as they have fewer than 1000 epochs. (PyTorch uses 32 bits of it.)"""
     return 1000 * seed + epoch
 
 
 class DigitBatches(Dataset):
     """Labelled digits that a DataLoader asks for by whole batches.
 
-    With `rotate` or `shift` > 0 every image has one angle and one shift per epoch, drawn together
-    for ALL images from (seed, epoch) and indexed by image: which process computes an image does not
-    change what it looks like.
+    With `rotate` (degrees) or `shift` (pixels) above 0, every image has one angle and one
+    shift per epoch. They are drawn for ALL images from (seed, epoch) and looked up by the
+    image's index, so an image looks the same whichever process computes it.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, model, device, rotate=0.0, shift=0.0):
-        self.images, self.labels, self.model = images.to(device), labels.to(device), model
-        self.rotate, self.shift = rotate, shift  # at most: degrees, pixels
-        self.degrees, self.shifts = None, None  # of each image in this epoch: [n], [n, 2]
+        self.images = images.to(device)  # uint8 [n, 28, 28]
+        self.labels = labels.to(device)  # [n]
+        self.model = model  # says which input it wants
+        self.rotate = rotate
+        self.shift = shift
+        self.degrees = None  # of each image in this epoch: [n]
+        self.shifts = None  # [n, 2]
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """Draw this epoch's angles, uniform in ±rotate degrees, and shifts, in ±shift pixels."""
-        if self.rotate > 0 or self.shift > 0:
-            # Another stream than the permutation's, which is seeded with epoch_seed itself.
-            generator = torch.Generator().manual_seed(epoch_seed(seed, epoch) + (1 << 40))
-            uniform = 2 * torch.rand(3, len(self.labels), generator=generator) - 1
-            self.degrees = (uniform[0] * self.rotate).to(self.labels.device)
-            self.shifts = (uniform[1:].T * self.shift).to(self.labels.device)
+        """Draw this epoch's angles, uniform in ±rotate, and shifts, uniform in ±shift."""
+        if self.rotate == 0 and self.shift == 0:
+            return
+        # The permutation of the images has the same seed. That does no harm: an image's
+        # angle says nothing about its place in the order.
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        uniform = 2 * torch.rand(3, len(self.labels), generator=generator) - 1  # in -1..1
+        device = self.labels.device
+        self.degrees = (uniform[0] * self.rotate).to(device)
+        self.shifts = (uniform[1:].T * self.shift).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A DataLoader calls this once per batch instead of __getitem__ once per image."""
+        """A DataLoader calls this once per batch, instead of __getitem__ once per image."""
         device = self.labels.device
-        # From pinned memory the copy to a GPU keeps no one waiting
+        # From pinned memory, the copy to a GPU does not make the CPU wait
         chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
         chosen = chosen.to(device, non_blocking=True)
-        images, labels = self.images[chosen], self.labels[chosen]
+        images = self.images[chosen]
+        labels = self.labels[chosen]
         if self.degrees is None:
             return images_to_input(images, self.model), labels
-        return images_to_input(images, self.model, self.degrees[chosen], self.shifts[chosen]), labels
+        degrees = self.degrees[chosen]
+        shifts = self.shifts[chosen]
+        return images_to_input(images, self.model, degrees, shifts), labels
 
 
 def as_batch(batch):
-    """collate_fn for DigitBatches, whose batches are already whole."""
+    """The collate_fn for DigitBatches, whose batches are already whole."""
     return batch

@@ -2,14 +2,13 @@
 
     python rescaps.py           prints the shape after each step and the parameter count
 
-It has 2,022,240 parameters. Residual blocks are He, Zhang, Ren, Sun, CVPR 2016. The
+It has 2,022,240 parameters. Residual blocks are from He, Zhang, Ren, Sun, CVPR 2016. The
 capsule hybrid follows a student report, with four departures, each marked below.
 """
 
-import torch
 from torch import Tensor, nn
 
-from capsules import CapsuleNetwork, DigitCapsules, PrimaryCapsules
+from capsules import CapsuleNetwork, DigitCapsules, PrimaryCapsules, print_shapes
 
 
 class ResidualBlock(nn.Module):
@@ -46,8 +45,8 @@ class ResCapsNet(CapsuleNetwork):
     std = 0.3081
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
-        # Departure 2: the report's first convolution has a bias before its BatchNorm
-        # (2,022,272 parameters).
+        # Departure 2: no bias in the first convolution, because BatchNorm follows. The
+        # report has one (2,022,272 parameters).
         features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1, bias=False),  # [B, 32, 78, 78]
             nn.BatchNorm2d(32),
@@ -57,8 +56,8 @@ class ResCapsNet(CapsuleNetwork):
             ResidualBlock(32),
             ResidualBlock(32),
         )
-        # Departure 3: the primary capsules are squashed, as in the paper. The report
-        # does not squash them. There are 16 at each of 9x9 places: [B, 1296, 8].
+        # Departure 3: the primary capsules are squashed, as in [S17]. The report does
+        # not squash them. There are 16 at each of 9x9 places: [B, 1296, 8].
         primary = PrimaryCapsules(32, types=16, dim=8, kernel_size=9, stride=8)
         digits = DigitCapsules(N=1296, I=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 4: the initialisation, as in AlexCapsNet.
@@ -66,10 +65,4 @@ class ResCapsNet(CapsuleNetwork):
 
 
 if __name__ == "__main__":
-    model = ResCapsNet()
-    x = torch.randn(2, 1, model.side, model.side)
-    for layer in (*model.features, model.primary, model.digits):
-        x = layer(x)
-        print(f"{type(layer).__name__:16s} {list(x.shape)}")
-    print("lengths at the start", model.scores(x).mean().item())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print_shapes(ResCapsNet())

@@ -8,6 +8,7 @@ processes, under torchrun too, on scikit-learn's digits, so that no network is n
 
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -121,6 +122,12 @@ def assert_one_line(result, *words):
         assert word in error, error
 
 
+def new_run(device=CPU, **settings):
+    """A run at its start, which no folder holds yet."""
+    config = train_single.DEFAULTS | settings
+    return train_single.Run(config, Path("unused"), device)
+
+
 def weights(run_dir, name="last.pt"):
     return torch.load(Path(run_dir) / name, weights_only=True)["model"]
 
@@ -209,13 +216,13 @@ def test_gradients_of_the_real_code():
     assert torch.autograd.gradcheck(capsules.squash, small)
     lengths = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: capsules.margin_loss(x, labels), lengths)
-    layer = capsules.DigitCapsules(n=6, i=4, j=3, d=5).double()
+    layer = capsules.DigitCapsules(N=6, I=4, J=3, D=5).double()
     u = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda u, _: layer(u), (u, layer.weight))
 
 
 def test_votes_are_each_capsules_own_matrix_product():
-    layer = capsules.DigitCapsules(n=6, i=4, j=3, d=5, iterations=1).double()
+    layer = capsules.DigitCapsules(N=6, I=4, J=3, D=5, iterations=1).double()
     u = torch.randn(2, 6, 4, dtype=torch.float64)
     W = layer.weight.view(6, 4, 3, 5)
     s = torch.zeros(2, 3, 5, dtype=torch.float64)
@@ -238,6 +245,75 @@ def test_a_primary_capsule_comes_from_one_place():
     assert different.nonzero().flatten().tolist() == [21, 22, 23]
     expected = capsules.squash(layer.conv(x)[0, 4:8, 1, 2])  # type 1: channels 4 to 7
     torch.testing.assert_close(layer(x)[0, 22], expected)
+
+
+def decoder_reference(capsule, digit, layers, J=10):
+    """The decoder's 784 pixels for one image, from the capsule of `digit`, in plain loops."""
+    D = len(capsule)
+    values = [0.0] * (J * D)
+    values[digit * D : (digit + 1) * D] = capsule  # all other capsules are masked
+    for number, (weight, bias) in enumerate(layers, start=1):
+        sums = []
+        for row, b in zip(weight, bias, strict=True):
+            sums.append(sum(w * x for w, x in zip(row, values, strict=True)) + b)
+        if number < len(layers):
+            values = [max(0.0, x) for x in sums]  # ReLU
+        else:
+            values = [1 / (1 + math.exp(-x)) for x in sums]  # sigmoid
+    return values
+
+
+def mean_of_windows(picture, side=28):
+    """[S, S] -> [28, 28]: each pixel is the mean of the window that it covers."""
+    S = len(picture)
+    pixels = []
+    for y, x in itertools.product(range(side), range(side)):
+        rows = range(y * S // side, math.ceil((y + 1) * S / side))
+        columns = range(x * S // side, math.ceil((x + 1) * S / side))
+        window = [picture[r][c] for r in rows for c in columns]
+        pixels.append(sum(window) / len(window))
+    return pixels
+
+
+@both_networks
+def test_reconstruction_loss_equals_a_plain_loop(network):
+    """Margin loss + W * mean squared error of the true digit's picture, [S17] section 4.1."""
+    model = network(reconstruction=20.0).double()
+    pictures = torch.rand(2, 1, network.side, network.side, dtype=torch.float64)
+    images = (pictures - network.mean) / network.std
+    labels = torch.tensor([3, 9])
+    v = model(images)
+    linear = [m for m in model.decoder.layers if isinstance(m, torch.nn.Linear)]
+    layers = [(m.weight.tolist(), m.bias.tolist()) for m in linear]
+    squares = 0.0
+    for k, digit in enumerate(labels.tolist()):
+        drawn = decoder_reference(v[k, digit].tolist(), digit, layers)
+        wanted = mean_of_windows(pictures[k, 0].tolist())
+        squares += sum((a - b) ** 2 for a, b in zip(drawn, wanted, strict=True))
+    margin = capsules.margin_loss(v.norm(dim=2), labels).item()
+    expected = margin + 20 * squares / (2 * 784)
+    assert model.loss(v, images, labels).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_decoder_sees_one_capsule_and_sends_its_gradient_there():
+    decoder = capsules.Decoder(J=3, D=4)
+    v = torch.randn(2, 3, 4, requires_grad=True)
+    decoder(v, torch.tensor([0, 2])).sum().backward()
+    changed = v.grad.abs().sum(dim=2) > 0  # [B, J]
+    assert changed.tolist() == [[True, False, False], [False, False, True]]
+
+
+@both_networks
+def test_a_decoder_leaves_the_rest_of_the_network_as_it_is(network):
+    torch.manual_seed(1)
+    plain_network = network().state_dict()
+    torch.manual_seed(1)
+    with_decoder = network(reconstruction=0.392).state_dict()
+    added = with_decoder.keys() - plain_network.keys()
+    assert len(added) == 6
+    assert all(name.startswith("decoder.") for name in added)
+    for name, weight in plain_network.items():
+        assert torch.equal(weight, with_decoder[name]), name
 
 
 # -- The two networks ------------------------------------------------------------------------------
@@ -289,7 +365,7 @@ def test_routing_leaves_half_precision():
 
 
 class Net:
-    """The least that prepare needs to know of a network."""
+    """The least that images_to_input needs to know of a network."""
 
     side, mean, std = 28, 0.0, 1.0
 
@@ -297,14 +373,14 @@ class Net:
 def test_rotation_is_torchvisions_and_each_image_has_its_own_angle():
     images, _ = data.load("digits", "", "train")
     degrees = torch.tensor([-90.0, -33.0, 0.0, 7.5, 60.0])
-    ours = data.prepare(images[:5], Net, degrees)
+    ours = data.images_to_input(images[:5], Net, degrees)
     for i in range(5):
         x = images[i].view(1, 1, 28, 28).float() / 255
         theirs = rotate(x, degrees[i].item(), InterpolationMode.BILINEAR)
         assert (ours[i] - theirs[0]).abs().max() < 0.02
-    assert (ours[1] - data.prepare(images[1:2], Net, -degrees[1:2])[0]).abs().max() > 0.3
+    assert (ours[1] - data.images_to_input(images[1:2], Net, -degrees[1:2])[0]).abs().max() > 0.3
     with pytest.raises(TypeError, match="uint8"):
-        data.prepare(torch.rand(2, 28, 28), Net)
+        data.images_to_input(torch.rand(2, 28, 28), Net)
 
 
 @pytest.mark.parametrize("side", [28, 78])
@@ -316,20 +392,23 @@ def test_a_shift_moves_right_and_down_before_the_rotation(side):
     moved = [image.roll((int(y), int(x)), (0, 1)) for image, (x, y) in zip(images, shifts)]
     moved = torch.stack(moved)  # rows down, columns to the right
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-4)
-    close(data.prepare(images, net, shifts=shifts), data.prepare(moved, net))
+    close(data.images_to_input(images, net, shifts=shifts), data.images_to_input(moved, net))
     degrees = torch.tensor([30.0, -20.0, 75.0])
-    close(data.prepare(images, net, degrees, shifts), data.prepare(moved, net, degrees))
+    close(
+        data.images_to_input(images, net, degrees, shifts),
+        data.images_to_input(moved, net, degrees),
+    )
 
 
 def test_resize_is_bilinear_and_corners_stay_black():
     images, _ = data.load("digits", "", "train")
-    ours = data.prepare(images[:3], ResCapsNet)
+    ours = data.images_to_input(images[:3], ResCapsNet)
     x = F.interpolate(images[:3].unsqueeze(1).float() / 255, (78, 78), mode="bilinear")
     x = (x - ResCapsNet.mean) / ResCapsNet.std
     inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))  # edges blend with black
     torch.testing.assert_close(ours[inner], x[inner], rtol=1e-4, atol=1e-4)
     white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
-    turned = data.prepare(white, AlexCapsNet, torch.tensor([45.0]))
+    turned = data.images_to_input(white, AlexCapsNet, torch.tensor([45.0]))
     assert turned[0, 0, 0, 0] == pytest.approx(-AlexCapsNet.mean / AlexCapsNet.std)
 
 
@@ -465,10 +544,12 @@ def test_offline_first_run(tmp_path):
     flags = ("--data-dir", tmp_path / "data", "--train-size", 64, "--epochs", 1, "--seed", 3)
     train = (HERE / "train_single.py", "--model", "alexcaps", *flags)
     process = run_python(*train, cwd=tmp_path, env=os.environ | OFFLINE)
-    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
     lines = process.stdout.splitlines()
-    assert lines[0] == "loading PyTorch ..." and "MNIST could not be had" in lines[1]
-    assert "1,797 small digits, not MNIST" in lines[3] and "not MNIST" in lines[-1]
+    assert "MNIST is not available" in lines[0]
+    assert "1,797 small digits, not MNIST" in lines[2]
+    assert "not MNIST" in lines[-1]
     epoch = next(line for line in lines if line.startswith("epoch"))
     figures = r"loss 0\.\d{4} acc [\d.]{5}"
     form = rf"epoch  1/1 \| train {figures} \| val {figures} \| \d+ s \*"
@@ -483,7 +564,7 @@ def test_offline_first_run(tmp_path):
 WRONG_FLAGS = """
 --epochs 0, --epochs -1, --epochs 1.5, --epochs nan, --batch-size 0, --batch-size -4, --seed -1,
 --routing-iterations 0, --routing-iterations inf, --lr 0, --lr -0.1, --lr nan, --lr inf, --lr x,
---rotate -1, --rotate nan, --rotate 181, --shift -1, --shift nan, --train-size 0, --compil,
+--reconstruction -1, --reconstruction nan, --reconstruction 101, --rotate -1, --rotate nan, --rotate 181, --shift -1, --shift nan, --train-size 0, --compil,
 --device cuda:77, --device toaster, --device meta, --device mps, --device xpu, --model vgg,
 --dataset cifar, --run-dir=, --data-dir=
 """
@@ -539,12 +620,12 @@ def test_a_disk_that_refuses_loses_nothing(new, copy):
 
 def test_two_runs_in_one_folder(copy):
     """The second is refused as long as the first one lives, and not a moment longer."""
-    before, first = contents(copy), mock.Mock()
-    train_single.Run.claim(first, copy, True)
+    before = contents(copy)
+    first = train_single.FolderLock(copy)
     for flags in (("--resume", copy), (*SMALL, "--run-dir", copy, "--overwrite")):
         assert_one_line(single(*flags), "another training is writing", "wait for it")
     assert contents(copy) == before
-    first.lock.close()  # as the kernel does when a process ends
+    first.file_lock.release()  # as the kernel does when a process ends
     assert single("--resume", copy)[0] == 0
 
 
@@ -562,9 +643,9 @@ DAMAGE = [
     (lambda run: (run / "last.pt").unlink(), "No such file"),
     (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
     (lambda run: flip_a_bit(run / "last.pt"), "last.pt is damaged"),
-    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or no"),
+    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or not"),
     (lambda run: torch.save(Evil(), run / "last.pt"), "last.pt is damaged"),
-    (other_layers, "no checkpoint of this network"),
+    (other_layers, "not a checkpoint of this network"),
 ]
 
 
@@ -577,7 +658,10 @@ def test_a_damaged_checkpoint_is_refused(spoil, words, copy, monkeypatch):
     assert contents(copy) == before  # nothing lost, nothing made
 
 
-@pytest.mark.parametrize("flag", ["--lr=0.01", "--train-size=96", "--overwrite", "--epochs=1"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--lr=0.01", "--train-size=96", "--reconstruction=20", "--overwrite", "--epochs=1"],
+)
 def test_a_resumed_run_keeps_what_it_began_with(flag, copy):
     before = contents(copy)
     words = "is less than the 2" if "epochs" in flag else "does not go with --resume"
@@ -603,17 +687,90 @@ def test_a_moved_run_goes_on(copy, finished, monkeypatch):
     assert [line.split(",")[5] for line in rows.splitlines()] == ["lr", "0.001", "0.001", "0.0007"]
 
 
+def change_settings(run, **settings):
+    checkpoint = torch.load(run / "last.pt")
+    checkpoint["config"] |= settings
+    torch.save(checkpoint, run / "last.pt")
+
+
+def test_a_run_of_an_older_version_goes_on(copy):
+    """Its settings lack what newer versions added."""
+    checkpoint = torch.load(copy / "last.pt")
+    for name in ("reconstruction", "sync_bn"):
+        del checkpoint["config"][name]
+    torch.save(checkpoint, copy / "last.pt")
+    code, _, error = single("--resume", copy)
+    assert code == 0, error
+    assert torch.load(copy / "last.pt")["config"]["reconstruction"] == 0
+
+
+def test_a_run_with_a_decoder_resumes_bit_for_bit(tmp_path):
+    flags = (*SMALL, "--reconstruction", 20, "--run-dir")
+    assert single(*flags, tmp_path / "whole", "--epochs", 2)[0] == 0
+    assert single(*flags, tmp_path / "broken", "--epochs", 1)[0] == 0
+    assert single("--resume", tmp_path / "broken", "--epochs", 2)[0] == 0
+    assert same_run(tmp_path / "whole", tmp_path / "broken")
+    assert "decoder.layers.0.weight" in weights(tmp_path / "whole")
+    change_settings(tmp_path / "whole", reconstruction=0.0)
+    assert_one_line(single("--resume", tmp_path / "whole"), "not a checkpoint of this network")
+
+
+def test_weights_without_a_decoder_do_not_fit_one(copy):
+    change_settings(copy, reconstruction=20.0)
+    before = contents(copy)
+    assert_one_line(single("--resume", copy), "not a checkpoint of this network")
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "moved, and begun again"])
+def test_a_folder_that_is_no_longer_the_runs_own_is_not_written(what, tmp_path, monkeypatch):
+    """It happens while the run trains, after the run has locked the folder."""
+    folder = tmp_path / "run"
+    validate = train_single.validate
+    before = {}
+
+    def validate_while_somebody_acts(*arguments):
+        if what == "removed":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "elsewhere")
+        if what == "moved, and begun again":
+            stranger = new_run(model="alexcaps")
+            stranger.folder = folder
+            stranger.lock = train_single.FolderLock(folder)
+            stranger.save()
+            before.update(contents(folder))
+        return validate(*arguments)
+
+    monkeypatch.setattr(train_single, "validate", validate_while_somebody_acts)
+    result = single(*SMALL, "--epochs", 1, "--run-dir", folder)
+    assert_one_line(result, f"{folder} was moved or removed")
+    if before:
+        assert contents(folder) == before
+    else:
+        assert not folder.exists()
+
+
+def test_disks_without_locks_are_refused_in_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    result = single(*SMALL, "--run-dir", tmp_path / "run")
+    assert_one_line(result, "cannot be locked", "No locks available", "another disk")
+
+
 # Each wrapper spoils the product from outside: the scripts have no hooks for tests.
 IN_EPOCH_2 = """
 import os, signal
-import train_single
-real, calls = train_single.margin_loss, []
+import capsules, train_single
+real, calls = capsules.margin_loss, []
 def margin_loss(*arguments):
     calls.append(1)
     if len(calls) == 11:  # 6 training steps and 1 validation batch, then the 4th step of epoch 2
         os.kill(os.getpid(), signal.SIGINT)
     return real(*arguments)
-train_single.margin_loss = margin_loss
+capsules.margin_loss = margin_loss
 train_single.run_main(train_single.main)
 """
 IN_WRITE = """
@@ -655,7 +812,7 @@ def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
     (run_dir, code, error), (_, expected_code, epochs) = stopped[name], STOPS[name]
     assert code == expected_code, error
     if code > 0:
-        command = f"stopped; to go on: python train_single.py --resume '{run_dir}'"
+        command = f"stopped; to continue: python train_single.py --resume '{run_dir}'"
         assert error.strip() == command  # there is a space in its name
     assert len(torch.load(run_dir / "last.pt")["history"]) == epochs
     assert single("--resume", run_dir)[0] == 0 and same_run(run_dir, finished)
@@ -665,13 +822,13 @@ def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
 @pytest.mark.parametrize(("call_number", "part"), [(9, "training"), (14, "validation")])
 def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, monkeypatch):
     """6 training steps and 1 batch of validation an epoch: both calls are in epoch 2."""
-    real, calls = train_single.margin_loss, []
+    real, calls = capsules.margin_loss, []
 
     def margin_loss(*arguments):
         calls.append(1)
         return real(*arguments) * (math.nan if len(calls) == call_number else 1)
 
-    monkeypatch.setattr(train_single, "margin_loss", margin_loss)
+    monkeypatch.setattr(capsules, "margin_loss", margin_loss)
     result = single(*SMALL, "--epochs", 2, "--run-dir", tmp_path)
     assert_one_line(result, "the loss is nan", "--lr", "--precision bf16")
     assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
@@ -679,8 +836,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, mo
 
 
 def test_best_is_the_earliest_of_equal_epochs():
-    config = {"model": "alexcaps", "routing_iterations": 1, "seed": 0, "lr": 1e-3}
-    run = train_single.Run(config | {"compile": False, "precision": "fp32"}, CPU)
+    run = new_run(model="alexcaps")
     for hits in (90, 95, 95, 94):
         run.optimizer.step()
         run.finish_epoch(torch.tensor([50.0, 1, 2]), torch.tensor([5.0, hits, 100]), 1.234)
@@ -689,13 +845,27 @@ def test_best_is_the_earliest_of_equal_epochs():
     assert list(run.history[0].values()) == [1, 25.0, 50.0, 0.05, 90.0, 1e-3, 1.23]
 
 
-def test_looks_are_half_a_second_apart(monkeypatch):
-    clock = itertools.count()  # read at the start and in each look, each time 1/8 s later
-    monkeypatch.setattr(train_single.time, "perf_counter", lambda: next(clock) / 8)
-    looks, sums = [], torch.zeros(3) + 1
-    look = lambda numbers: looks.append(numbers) or numbers.tolist()
-    assert list(train_single.watch(range(100), sums, "", look, hidden=True)) == list(range(100))
-    assert 2 < len(looks) < 10  # the steps between them are what half a second takes
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_moves_with_every_step_and_looks_are_rare(monkeypatch):
+    """6 steps of training and one of validation, on a terminal; a look at each 4th step and
+    at the last one."""
+    monkeypatch.setattr(train_single, "LOOK_EVERY", 4)
+    monkeypatch.setattr(train_single, "tqdm", functools.partial(train_single.tqdm, mininterval=0))
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(train_single, "show", show := mock.Mock(wraps=train_single.show))
+    run = new_run(model="alexcaps", dataset="digits", train_size=96, batch_size=16)
+    train_set, validation_set = train_single.make_datasets(run.config, CPU)
+    train_single.train_one_epoch(run, train_set)
+    for step in range(1, 7):
+        assert f" {step}/6 [" in terminal.getvalue()
+    assert "epoch 1/20" in terminal.getvalue()
+    assert show.call_count == 2
+    train_single.validate(run.model, validation_set)
+    assert "validation" in terminal.getvalue()
 
 
 # -- A device that cannot be read: what a GPU would not forgive, found without one -----------------
@@ -709,17 +879,17 @@ def test_nothing_reads_the_device_but_the_looks(monkeypatch):
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, fused, **k: adam(*a, **k))
     read = torch.Tensor.tolist  # of what is on the CPU, as the sampler's permutation
-    look = lambda x: looks.append(x) or [1, 1, 1, 8, 1.0] if x.device == meta else read(x)
+    look = lambda x: looks.append(x) or [1, 1, 1] if x.device == meta else read(x)
     monkeypatch.setattr(torch.Tensor, "tolist", look)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: downloads.append(x) or torch.empty(x.shape))
     monkeypatch.setattr(train_single, "VALIDATION_BATCH", 50)  # of 200 images: 4 steps
-    config = vars(train_single.build_parser("").parse_args([*map(str, SMALL), "--dry-run"]))
-    run = train_single.Run(config | train_single.FIXED, meta)
-    train_set, validation_set = train_single.make_datasets(config, meta)
+    run = new_run(meta, model="alexcaps", dataset="digits", train_size=96, batch_size=16)
+    train_set, validation_set = train_single.make_datasets(run.config, meta)
     trained = train_single.train_one_epoch(run, train_set)
     validated = train_single.validate(run.model, validation_set)
     assert trained.device == validated.device == meta == next(run.model.parameters()).device
-    assert len(looks) == 5 and not downloads  # in steps 1, 5 and 6; 1 and 4: at 8 steps a second
+    assert len(looks) == 1  # after the last of 6 steps
+    assert downloads == []
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
     assert evaluate.predict(run.model, images, 16, angle=10).device == CPU
     assert [x.shape for x in downloads] == [(16, 10), (16, 10)]
@@ -736,42 +906,48 @@ train_ddp.leave(0)
 """
 
 
-def digits_run(network, accumulation=1, batch_size=32, images=192):
+def digits_run(network, accumulation=1, batch_size=32, images=192, reconstruction=0.0):
     """A run that trains by SGD with frozen BatchNorm, its first digits, and 51 held out: an odd
     number, which two ranks do not divide.
 
     SGD, because Adam divides gradients by their size: it would turn the rounding of gradients that
     are zero into whole steps. Frozen, because each rank's BatchNorm sees only its own half.
     """
-    flags = ["--model", network, "--dataset", "digits", "--train-size", str(images)]
-    config = vars(train_single.build_parser("").parse_args(flags)) | train_single.FIXED
-    config |= {"accumulation_steps": accumulation, "batch_size": batch_size, "sync_bn": False}
-    run = train_single.Run(config, CPU)
+    run = new_run(
+        model=network,
+        dataset="digits",
+        train_size=images,
+        accumulation_steps=accumulation,
+        batch_size=batch_size,
+        reconstruction=reconstruction,
+    )
     lr = 1.0 if images < 100 else 0.01  # a step of 1.0: the parameters move by their gradient
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=lr)
     for module in run.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
-    train_set, held_out = train_single.make_datasets(config, CPU)
+    train_set, held_out = train_single.make_datasets(run.config, CPU)
     held_out = data.DigitBatches(held_out.images[:51], held_out.labels[:51], run.model, CPU)
     return run, train_set, held_out
 
 
-# (network, accumulation steps, batch size per rank, images): all equal one process at batch 64.
-# The last: micro-batches of 16, 16 and 5 per rank, a group of two and then one of one.
+# (network, accumulation steps, batch size per rank, images, weight of the reconstruction):
+# all equal one process at batch 64. In the fourth, each rank has batches of 16, 16 and 5: a
+# group of two and then a group of one.
 CASES = [
-    ("alexcaps", 1, 32, 64),
-    ("alexcaps", 2, 16, 192),
-    ("rescaps", 1, 32, 64),
-    ("alexcaps", 2, 16, 74),
+    ("alexcaps", 1, 32, 64, 0.0),
+    ("alexcaps", 2, 16, 192, 0.0),
+    ("rescaps", 1, 32, 64, 0.0),
+    ("alexcaps", 2, 16, 74, 0.0),
+    ("alexcaps", 2, 16, 64, 20.0),
 ]
 
 
 def train_cases(out):
     """A worker: rank 0 saves what each case ends with, and a validated ResCapsNet."""
     results = []
-    for network, accumulation, batch_size, images in CASES:
-        run, train_set, held_out = digits_run(network, accumulation, batch_size, images)
+    for case in CASES:
+        run, train_set, held_out = digits_run(*case)
         trained = train_ddp.train_one_epoch(run, train_ddp.wrap(run), train_set)
         validated = train_ddp.validate(run.model, held_out)
         results.append(([p.detach() for p in run.model.parameters()], trained, validated))
@@ -796,14 +972,15 @@ def test_two_ranks_equal_one_process(tmp_path):
     assert process.returncode == 0, process.stderr
     *results, (model, validated, dtypes) = torch.load(tmp_path / "out.pt", weights_only=False)
     for case, (parameters, *sums) in zip(CASES, results, strict=True):
-        run, train_set, held_out = digits_run(case[0], batch_size=64, images=case[3])
+        network, _, _, images, reconstruction = case
+        run, train_set, held_out = digits_run(network, 1, 64, images, reconstruction)
         start = [p.detach().clone() for p in run.model.parameters()]
         trained = train_single.train_one_epoch(run, train_set)
         expected_sums = trained, train_single.validate(run.model, held_out)
         for p, q, s in zip(parameters, run.model.parameters(), start, strict=True):
             largest = (q.detach() - s).abs().max().item()
             assert largest > 1e-5, case
-            if case[3] < 100:  # one step (two in the last case): gradients
+            if images < 100:  # one step (two in the last case): gradients
                 torch.testing.assert_close(p - s, q.detach() - s, rtol=1e-4, atol=1e-4 * largest)
             else:  # three steps: parameters
                 torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-6)
@@ -830,18 +1007,20 @@ def undisturbed(tmp_path_factory):
     return run_dir
 
 
-# Rank 1 dies in these training steps of its first start, of its second, ...
+# Rank 1 dies in these calls of the margin loss in its first start, in its second, ... An epoch
+# has 3 steps and 1 batch of validation. In call 5 rank 0 may still be saving epoch 1; call 6
+# comes after a step that both took together.
 KILL_RANK_1 = """
 import os, signal
-import train_ddp
-real, calls, deaths = train_ddp.margin_loss, [], {}
+import capsules, train_ddp
+real, calls, deaths = capsules.margin_loss, [], {}
 def margin_loss(*arguments):
     calls.append(1)
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if train_ddp.RANK == 1 and deaths[start : start + 1] == [len(calls)]:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-train_ddp.margin_loss = margin_loss
+capsules.margin_loss = margin_loss
 train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.leave)
 """
 
@@ -849,18 +1028,52 @@ train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.le
 def test_a_killed_rank_is_restarted_to_the_same_weights(undisturbed, tmp_path, finished):
     """In epochs 1 and 2. Its own run is resumed, never the stranger's that was to be replaced."""
     run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
-    command = ("-c", KILL_RANK_1.format([2, 5]), *TWO_RANKS, "--overwrite", "--run-dir", run_dir)
+    command = ("-c", KILL_RANK_1.format([2, 6]), *TWO_RANKS, "--overwrite", "--run-dir", run_dir)
     process = torchrun(*command, launcher=["--max-restarts=2"])
     assert process.returncode == 0, process.stderr
     assert same_run(run_dir, undisturbed)
     assert re.findall("epochs done: .", process.stdout) == [f"epochs done: {k}" for k in (0, 0, 1)]
 
 
+# Rank 0 dies in its first start, before it gives a file its name, in the first save.
+KILL_RANK_0 = """
+import os, signal
+import train_ddp
+real = os.replace
+def replace(source, target):
+    first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first_start and train_ddp.RANK == 0 and target.name == "{}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.leave)
+"""
+
+
+@pytest.mark.parametrize("file", ["last.pt", "metrics.csv"])
+def test_a_rank_0_that_dies_in_its_first_save_is_restarted(file, undisturbed, finished, tmp_path):
+    """last.pt: the folder still holds a stranger's run, which must not be resumed.
+    metrics.csv: it holds the job's own run, which --overwrite must not stop from resuming."""
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    command = ("-c", KILL_RANK_0.format(file), *TWO_RANKS, "--overwrite", "--run-dir", run_dir)
+    process = torchrun(*command, launcher=["--max-restarts=1"])
+    assert process.returncode == 0, process.stderr
+    assert same_run(run_dir, undisturbed)
+
+
+def test_a_restart_needs_no_permission_to_overwrite_its_own_run(undisturbed, tmp_path):
+    """The folder was empty; after the first save it holds a run, but it is the job's own."""
+    command = ("-c", KILL_RANK_0.format("metrics.csv"), *TWO_RANKS, "--run-dir", tmp_path / "run")
+    process = torchrun(*command, launcher=["--max-restarts=1"])
+    assert process.returncode == 0, process.stderr
+    assert same_run(tmp_path / "run", undisturbed)
+
+
 def test_a_dying_rank_ends_the_job(tmp_path):
     process = torchrun("-c", KILL_RANK_1.format([2]), *SMALL, "--run-dir", tmp_path, timeout=60)
-    assert process.returncode == 1 and "SIGKILL" in process.stderr
-    checkpoint = torch.load(tmp_path / "last.pt")
-    assert checkpoint["history"] == [] and checkpoint["config"]["precision"] == "bf16"
+    assert process.returncode == 1
+    assert "SIGKILL" in process.stderr
+    assert torch.load(tmp_path / "last.pt")["history"] == []
 
 
 def test_a_resumed_torchrun_is_stopped(undisturbed, tmp_path):
@@ -873,7 +1086,7 @@ def test_a_resumed_torchrun_is_stopped(undisturbed, tmp_path):
     job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
-    command = f"to go on: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
+    command = f"to continue: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
     assert error.count(command) == 1 and '/train_ddp.py", line' not in error, error
     assert len(torch.load(run_dir / "last.pt")["history"]) >= 3
 
@@ -885,11 +1098,11 @@ def test_two_agents_are_two_machines(undisturbed, tmp_path):
         place = f"localhost:{free.getsockname()[1]}"
     launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=1"]
     launcher += [f"--rdzv-endpoint={place}", "--rdzv-id=two-agents", "--no-python"]
-    script = (sys.executable, "-c", KILL_RANK_1.format([5]), *TWO_RANKS, "--run-dir", tmp_path)
+    script = (sys.executable, "-c", KILL_RANK_1.format([6]), *TWO_RANKS, "--run-dir", tmp_path)
     threads = os.environ | {"OMP_NUM_THREADS": "2"}  # each agent believes to be alone
     command = ("-m", "torch.distributed.run", *launcher, *script)
     jobs = [run_python(*command, start=True, env=threads) for _ in range(2)]
-    outputs = [job.communicate(timeout=100) for job in jobs]
+    outputs = [job.communicate(timeout=240) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert any("epochs done: 1" in printed for printed, _ in outputs)
     for a, b in zip(weights(tmp_path).values(), weights(undisturbed).values(), strict=True):
@@ -944,6 +1157,60 @@ def test_one_process_and_two_keep_apart(copy, undisturbed, monkeypatch, tmp_path
     assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
     assert_one_line(ddp("--resume", copy), "train_single.py, 1 process")
     assert_one_line(ddp("--resume", undisturbed), "train_ddp.py, 2 process")
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_bf16", "chosen", "word"),
+    [
+        ("", True, "bf16", "has instructions"),
+        ("", False, "fp32", "no instructions"),
+        ("--precision bf16", True, "bf16", ""),
+        ("--precision bf16", False, "bf16", "WARNING"),
+        ("--precision fp32", True, "fp32", ""),
+    ],
+)
+def test_precision_follows_the_cpu(flags, has_bf16, chosen, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ddp, "cpu_has_bfloat16", lambda: has_bf16)
+    command = (*ALEX, "--dry-run", "--device", "cpu", "--run-dir", tmp_path / "run")
+    code, printed, error = ddp(*command, *flags.split())
+    assert code == 0, error
+    assert f"AlexCapsNet in {chosen} on" in printed
+    first = printed.splitlines()[0]
+    if word:
+        assert word in first
+    else:
+        assert first.startswith("AlexCapsNet")
+
+
+def test_bfloat16_is_read_from_the_cpus_flags(monkeypatch):
+    for name, there in (("avx512_bf16", True), ("amx_bf16", True), ("avx512_f", False)):
+        flags = {name: True, "avx2": True, "avx512_bf16_not": False}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert train_ddp.cpu_has_bfloat16() == there, name
+    absent = {"avx512_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: absent)
+    assert not train_ddp.cpu_has_bfloat16()
+    # without that function, Linux tells: here an older and a newer processor
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for text, there in (("flags : fpu avx2", False), ("flags : avx512_bf16", True)):
+        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
+        assert train_ddp.cpu_has_bfloat16() == there, text
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stale_rank_variables_are_said_and_can_be_interrupted(signal_number, tmp_path):
+    """Without torchrun there is nobody to meet: the script says so before it waits."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    stale = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    stale |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = ("train_ddp.py", *SMALL, "--run-dir", tmp_path / "run")
+    process = run_python(*command, start=True, env=os.environ | stale)
+    assert process.stdout.readline() == "rank 1 waits for the others at 127.0.0.1\n"
+    process.send_signal(signal_number)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal_number
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_threads_of_a_rank(monkeypatch):
@@ -1037,8 +1304,8 @@ def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
     model.load_state_dict(weights(run, "best.pt"))
     images, labels = data.load("digits", "", "test")
     with torch.no_grad():
-        lengths = model(data.prepare(images, model)).norm(dim=2)
-        turned = model(data.prepare(images, model, torch.full([360], 30.0))).norm(dim=2)
+        lengths = model(data.images_to_input(images, model)).norm(dim=2)
+        turned = model(data.images_to_input(images, model, torch.full([360], 30.0))).norm(dim=2)
     torch.testing.assert_close(evaluate.predict(model, images, 100, angle=30), turned)
     assert report["test_images"] == len(labels) == np.sum(report["confusion"]) == 360
     assert report["errors"] == (lengths.argmax(dim=1) != labels).sum()
@@ -1212,7 +1479,7 @@ def test_a_plain_network_is_trained_and_evaluated_by_the_scripts(tmp_path, monke
     net.load_state_dict(weights(run, "best.pt"))
     images, labels = data.load("digits", "", "validation")
     with torch.no_grad():
-        loss = F.cross_entropy(net(data.prepare(images, net)), labels).item()
+        loss = F.cross_entropy(net(data.images_to_input(images, net)), labels).item()
     assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
     report = json.loads((run / "report.json").read_text())
     assert report["test_images"] == 360 and "coupling_to_true" not in report

@@ -41,21 +41,21 @@ import train_single
 from data import DigitBatches, UserError, as_batch, epoch_seed
 from train_single import LOOK_EVERY, Run, progress, show, tally
 
-# DDP: torchrun tells each process who it is. RANK alone, without the other variables,
-# is left over from something else.
+# DDP: torchrun tells each process who it is. RANK alone, without the other variables, is
+# left over from something else.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = all(name in os.environ for name in LAUNCHER)
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all: 0 decides, writes, prints
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
-# DDP: a rank leaves without Python's shutdown, during which a thread of gloo that frees
-# a tensor would abort.
+# DDP: a rank leaves without Python's shutdown, during which a gloo thread that still frees
+# a tensor would abort the process.
 leave = os._exit if LAUNCHED else sys.exit
 
 TIMEOUT = timedelta(minutes=10)  # DDP: a rank waits this long for another one
 
-# AMP: what the network's products are computed in. float16 has 5 bits of exponent: small
+# AMP: the type in which convolutions and matrix products are computed. float16 has 5 bits of exponent: small
 # gradients vanish unless the loss is scaled up. bfloat16 has 8 bits, as float32 has.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,37 +80,38 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     group_images = accumulate * config["batch_size"]  # images in a group, on this rank
     device = dataset.labels.device
     dtype = PRECISIONS[config["precision"]]  # AMP:
-    sums = train_single.zero_sums(dataset)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP:
     ddp.train()
-    for step, (images, labels) in enumerate(bar, start=1):
-        last_of_group = step % accumulate == 0 or step == len(loader)
+    for batch, (images, labels) in enumerate(bar, start=1):
+        last_of_group = batch % accumulate == 0 or batch == len(loader)
         # DDP: backward averages gradients over ranks. Until the group's last batch that
         # would be wasted work.
         with nullcontext() if last_of_group else ddp.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # AMP:
                 capsules = ddp(images)  # in float32 again: see capsules.py
                 loss = run.model.loss(capsules, images, labels)
-            # A batch counts by its part of the group's images (the last group may be
-            # short). Without the division, the gradient would be multiplied by the number
-            # of batches.
-            images_before = (step - 1) // accumulate * group_images
-            weight = len(labels) / min(group_images, len(sampler) - images_before)
+            # A batch's loss is the mean over its images. Weighted with the batch's part of
+            # the group's images, the losses add up to the mean over the group. Without the
+            # weight, the gradient would be too large by the number of batches.
+            images_before = (batch - 1) // accumulate * group_images
+            images_in_group = min(group_images, len(sampler) - images_before)
+            weight = len(labels) / images_in_group
             run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
             run.scaler.step(run.optimizer)  # AMP: unscales; no step if a gradient overflowed
             run.scaler.update()  # AMP: then halves the scale; doubles it after 2000 good steps
             run.optimizer.zero_grad()
         sums += tally(loss, run.model.scores(capsules), labels)
-        if step % LOOK_EVERY == 0 or step == len(loader):
+        if batch % LOOK_EVERY == 0 or batch == len(loader):
             show(bar, summed(sums))  # DDP: all ranks look at the same steps, and stop together
     return summed(sums)  # DDP:
 
 
 def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
     """train_single.validate, in float32, each image on exactly one rank -> sums over all."""
-    # DDP: each step's first forward pass copies rank 0's BatchNorm statistics to all ranks.
-    # After the last step they differ again. Rank 0's are the ones that are saved.
+    # DDP: at the start of each optimizer step, DDP copies rank 0's BatchNorm statistics to
+    # all ranks. After the last step they differ again. Rank 0's are the ones that are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     # DDP: no DistributedSampler here: it repeats images, which would then count twice.
@@ -131,12 +132,12 @@ def summed(sums: Tensor) -> Tensor:
 def join() -> dist.Store:
     """DDP: meet the other ranks -> a store that lives as long as torchrun does.
 
-    A store is a dictionary that all ranks share. torchrun keeps its own when it restarts
-    the ranks, and the addresses of dead ranks with it. So the process group gets a new
+    A store is a dictionary that all ranks share. torchrun's store outlives a restart of the
+    ranks, so it still holds the addresses of dead ranks. The process group gets a new
     store, which rank 0 serves.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL refuses two ranks on one GPU. They then talk through gloo, on the CPU.
+    # NCCL refuses two ranks on one GPU. Ranks that share a GPU communicate through gloo.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
@@ -162,15 +163,15 @@ def store_of_rank_0(lasting: dist.Store, host: str) -> dist.Store:
     Then they ask again.
     """
     if RANK == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         lasting.set("port", str(store.port))
         return store
     give_up = time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < give_up:
         port = int(lasting.get("port"))  # waits until there is one
-        with suppress(OSError):
+        with suppress(OSError, dist.DistError):
             socket.create_connection((host, port), timeout=1).close()
-            return dist.TCPStore(host, port)
+            return dist.TCPStore(host, port, timeout=TIMEOUT)
         time.sleep(0.1)
     raise UserError(f"rank {RANK} waits for rank 0, which does not answer")
 
@@ -178,17 +179,25 @@ def store_of_rank_0(lasting: dist.Store, host: str) -> dist.Store:
 def together(work):
     """DDP: work() on every rank -> its result. A mistake that one rank finds ends all."""
     result = None
-    error = None
+    mistake = None
     try:
         result = work()
-    except (UserError, OSError) as failure:
-        error = str(failure)
-    errors = [None] * WORLD_SIZE
-    dist.all_gather_object(errors, error)  # waits for the slowest rank
-    for error in errors:
-        if error is not None:
-            raise UserError(error)
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    mistakes = [None] * WORLD_SIZE
+    dist.all_gather_object(mistakes, mistake)  # waits for the slowest rank
+    for text in mistakes:
+        if text is not None:
+            raise UserError(text)
     return result
+
+
+def on_rank_0(work):
+    """DDP: work() on rank 0 alone -> its result, on all ranks. A mistake ends all."""
+    result = together(lambda: work() if RANK == 0 else None)
+    told = [result]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
@@ -215,15 +224,16 @@ def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
 def after_restart(given: dict, lasting: dist.Store) -> dict:
     """DDP: the flags, or, if torchrun restarted us, those that resume the run begun before.
 
-    The id tells that run from a stranger's in the same folder, which --overwrite was
-    about to replace when the ranks died.
+    The id identifies that run. If the ranks died before it was saved, the folder may still
+    hold a stranger's run, which --overwrite was about to replace.
     """
-    if lasting.check(["run"]) and "resume" not in given:
-        run_id, folder = json.loads(lasting.get("run"))
-        with suppress(UserError, OSError):  # the run was not saved yet
-            checkpoint = train_single.load_checkpoint(Path(folder) / "last.pt")
-            if checkpoint["config"].get("id") == run_id:
-                return {"resume": folder}
+    if "resume" in given or not lasting.check(["run"]):
+        return given
+    run_id, folder = json.loads(lasting.get("run"))
+    with suppress(FileNotFoundError, UserError):  # nothing there, or a damaged stranger
+        checkpoint = train_single.load_checkpoint(Path(folder) / "last.pt")
+        if checkpoint["config"].get("id") == run_id:
+            return {"resume": folder}
     return given
 
 
@@ -256,7 +266,8 @@ def cpu_has_bfloat16() -> bool:
 def pick_device(config: dict) -> torch.device:
     """DDP: this rank's device; on the CPU, this rank's part of the cores."""
     if config["device"] == "cuda":
-        return train_single.find_device(f"cuda:{LOCAL_RANK % torch.cuda.device_count()}")
+        gpus = max(1, torch.cuda.device_count())  # with none, find_device says so
+        return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets it to 1 if you did not set it, which leaves cores idle.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -277,7 +288,7 @@ def prepare(given: dict, config: dict, folder: Path) -> tuple[Run, DigitBatches,
 
 
 def wrap(run: Run) -> DistributedDataParallel:
-    """DDP: the model whose backward averages gradients over ranks while it computes."""
+    """DDP: the model, wrapped so that backward averages gradients over ranks."""
     if run.config["sync_bn"]:  # BatchNorm over the batches of all ranks
         run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
     # A false alarm: cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1.
@@ -292,19 +303,21 @@ def wrap(run: Run) -> DistributedDataParallel:
 def main() -> None:
     parser = train_single.build_parser(__doc__)
     count = train_single.number_between(int, 1, 1_000_000)
-    flag = parser.add_argument
-    flag("--precision", choices=PRECISIONS, help="default: fp16 on GPUs; on the CPU bf16 or fp32")
-    flag("--accumulation-steps", type=count, metavar="N", help="batches per step (default: 1)")
-    flag("--sync-bn", action="store_true", help="BatchNorm over all ranks; GPUs only")
+    flag = parser.add_flag
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="without it, fp16 on GPUs; bf16 or fp32 on the CPU"
+    )
+    flag("--accumulation-steps", "batches per optimizer step", type=count, metavar="N")
+    flag("--sync-bn", "BatchNorm over the batches of all ranks; GPUs only", action="store_true")
     given = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
+    refuse_half_a_launch()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
     lasting = join()  # DDP:
-    told = [together(lambda: plan(given, lasting) if RANK == 0 else None)]  # DDP: rank 0 decides
-    dist.broadcast_object_list(told)  # DDP: ... and tells the others
-    run, train_set, validation_set = together(lambda: prepare(*told[0]))  # DDP:
+    given, config, folder = on_rank_0(lambda: plan(given, lasting))  # DDP:
+    run, train_set, validation_set = together(lambda: prepare(given, config, folder))  # DDP:
     if RANK == 0:  # DDP:
-        train_single.begin(run, train_set)
         signal.signal(signal.SIGINT, lambda *_: stop(run))
+    on_rank_0(lambda: train_single.begin(run, train_set))  # DDP:
     ddp = wrap(run)  # DDP:
     while len(run.history) < run.config["epochs"]:
         start = time.perf_counter()
@@ -312,18 +325,30 @@ def main() -> None:
         seconds = time.perf_counter() - start
         validated = validate(run.model, validation_set)
         run.finish_epoch(trained, validated, seconds)
-        if RANK == 0:  # DDP:
-            run.save()
-            print(run.epoch_line(), flush=True)
-    if RANK == 0:  # DDP:
-        train_single.print_outro(run)
+        on_rank_0(run.save)  # DDP:
+        on_rank_0(lambda: print(run.epoch_line(), flush=True))  # DDP:
+    on_rank_0(lambda: train_single.print_outro(run))  # DDP:
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
 
 
+def refuse_half_a_launch() -> None:
+    """DDP: UserError if a launcher started several processes, but did not number them all.
+
+    Each process would take itself for the only one, and train the same run.
+    """
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not LAUNCHED:
+        missing = [name for name in LAUNCHER if name not in os.environ]
+        raise UserError(f"RANK is set, but {', '.join(missing)} is not: start with torchrun")
+
+
 def stop(run: Run) -> None:
-    """Ctrl-C on rank 0: leave at once, since the other ranks have left, too."""
-    ranks = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
-    train_single.print_stopped(run, f"torchrun {ranks} train_ddp.py")
+    """Ctrl-C on rank 0: leave at once, because the other ranks have already stopped."""
+    command = "python train_ddp.py"
+    if LAUNCHED:  # on several machines, the other flags of torchrun are needed again
+        ranks = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
+        command = f"torchrun {ranks} train_ddp.py"
+    train_single.print_stopped(run, command)
     leave(130)
 
 

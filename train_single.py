@@ -9,12 +9,8 @@ Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
 evaluate.py. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes. Its
 validation accuracy is 98.5 % after the first epoch and 99.6 % after nine.
 
-Read it downwards:
-    1. one epoch, and validation: the lesson
-    2. a run, and what is saved of it
-    3. the command line
-    4. main
-    5. tools that the other scripts share
+Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what is saved
+of it; 3. the command line; 4. main. Part 5 holds tools that the other scripts share.
 Then open train_ddp.py beside it.
 """
 
@@ -27,6 +23,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +37,7 @@ from rescaps import ResCapsNet
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
 VALIDATION_BATCH = 500  # larger than in training: no gradients are kept in memory
-LOOK_EVERY = 20  # steps between two looks at the sums; each look waits for the device
+LOOK_EVERY = 20  # steps between two updates of the loss shown; each waits for the device
 
 # -- 1. One epoch, and validation --------------------------------------------------
 
@@ -54,26 +51,28 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     model = run.model
     epoch = len(run.history) + 1
     seed = run.config["seed"]
-    dataset.set_epoch(seed, epoch)  # draws this epoch's rotation angles
-    # The order of the images depends on (seed, epoch) alone. (shuffle=True would draw
-    # one more random number first, and give a different order than
-    # DistributedSampler in train_ddp.py.)
+    dataset.set_epoch(seed, epoch)  # draws this epoch's angles and shifts
+    # The order of the images depends on (seed, epoch) alone. (With shuffle=True the
+    # DataLoader would draw one more random number first, and the order would not be that
+    # of DistributedSampler in train_ddp.py.)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     sampler = RandomSampler(dataset, generator=generator)
     batch_size = run.config["batch_size"]
     loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=as_batch)
-    sums = zero_sums(dataset)
+    # float64, because many numbers are added up
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     bar = progress(loader, f"epoch {epoch}/{run.config['epochs']}")
     model.train()  # BatchNorm: use the statistics of the batch
     for step, (images, labels) in enumerate(bar, start=1):
         capsules = model(images)  # [B, 1, side, side] -> [B, J, D]
-        # The margin loss; with --reconstruction the decoder's as well: capsules.py
+        # The margin loss of the capsules' lengths; with --reconstruction, also the
+        # decoder's loss. Both are in capsules.py.
         loss = model.loss(capsules, images, labels)
         run.optimizer.zero_grad()  # or backward would add to the last step's gradients
-        loss.backward()
-        run.optimizer.step()
-        # The batches come from the device and the sums stay there, so no step waits
-        # for the device. Only a look does.
+        loss.backward()  # the gradient of the loss with respect to each weight
+        run.optimizer.step()  # Adam changes the weights
+        # The images are on the device already and the sums stay there, so the CPU can
+        # prepare the next step while a GPU computes. Only show() waits for the device.
         sums += tally(loss, model.scores(capsules), labels)
         if step % LOOK_EVERY == 0 or step == len(loader):
             show(bar, sums)
@@ -87,18 +86,13 @@ def validate(model: nn.Module, dataset: DigitBatches, indices=None, hidden=False
     Sums, not means, so that the sums of several processes can simply be added.
     """
     loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
-    sums = zero_sums(dataset)
+    sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     model.eval()  # BatchNorm: use the running statistics
     for images, labels in progress(loader, "validation", hidden):
         capsules = model(images)
         loss = model.loss(capsules, images, labels)
         sums += tally(loss, model.scores(capsules), labels)
     return sums
-
-
-def zero_sums(dataset: DigitBatches) -> Tensor:
-    """Where tally's numbers are added up. float64, since there are many."""
-    return torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
 
 
 def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
@@ -109,7 +103,7 @@ def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     loss.item() would, in every step.
     """
     hits = (scores.argmax(dim=1) == labels).sum()
-    images = torch.ones_like(hits) * len(labels)
+    images = torch.full_like(hits, len(labels))
     return torch.stack([loss.detach() * images, hits, images])
 
 
@@ -128,7 +122,7 @@ def read_sums(sums: Tensor) -> list[float]:
     """The sums as Python numbers. UserError if the loss is not finite."""
     loss, hits, images = sums.tolist()  # CPU-GPU sync point
     if not math.isfinite(loss):
-        hint = "start again with a lower --lr (if in fp16: with --precision bf16)"
+        hint = "start again with a lower --lr (in fp16, try --precision bf16)"
         raise UserError(f"the loss is {loss}: {hint}")
     return [loss, hits, images]
 
@@ -153,6 +147,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.history = []  # a row for each finished epoch: see finish_epoch
+        self.lock = None  # until open_folder (part 4) locks the folder
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
             # TF32: a mantissa of 10 bits instead of 23 in products, but much faster
@@ -208,47 +203,6 @@ class Run:
             f" | {row['seconds']:.0f} s{star}"
         )
 
-    def lock(self) -> None:
-        """Make the folder, and lock it until this process ends, however it ends.
-
-        UserError if another training has the lock.
-        """
-        from filelock import FileLock, Timeout
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file = self.folder / ".lock"
-        # The kernel holds the lock while the file is open, so kill -9 releases it too.
-        self.file_lock = FileLock(self.lock_file)
-        try:
-            self.file_lock.acquire(blocking=False)
-        except Timeout:
-            hint = "wait for it, or start another run in another --run-dir"
-            text = f"another training is writing to {self.folder}: {hint}"
-            raise UserError(text) from None
-        except (OSError, NotImplementedError) as error:  # some network disks
-            hint = "choose a --run-dir on another disk"
-            text = f"{self.folder} cannot be locked ({error}): {hint}"
-            raise UserError(text) from None
-        self.locked = self.lock_file.stat()
-
-    def check_lock(self) -> None:
-        """UserError if the folder is no longer the one that was locked.
-
-        If it was renamed or removed, another training may have started in a new folder
-        of the same name. Its files are not ours to write.
-        """
-        found = self.lock_file.stat() if self.lock_file.exists() else None
-        if found is None or not os.path.samestat(found, self.locked):
-            hint = "epochs since then are not saved; resume the run where it is now"
-            text = f"{self.folder} was moved or removed while its run trained: {hint}"
-            raise UserError(text)
-
-    def refuse_to_replace(self) -> None:
-        """UserError if the folder holds a run. (Even config.json alone counts.)"""
-        if any((self.folder / name).exists() for name in RUN_FILES):
-            hint = "--resume continues it, --overwrite replaces it"
-            raise UserError(f"{self.folder} holds a run: {hint}")
-
     def load(self) -> None:
         """Go back to the folder's last.pt. UserError if it is of another network."""
         file = self.folder / "last.pt"
@@ -269,7 +223,7 @@ class Run:
         best.pt comes before last.pt: after a stop between the two, the epoch is
         repeated and ends the same.
         """
-        self.check_lock()
+        self.lock.check()
         # Tensors and plain Python types: torch.load(weights_only=True) takes no others
         state = {name: getattr(self, name).state_dict() for name in SAVED}
         state["config"] = self.config
@@ -298,30 +252,19 @@ class Run:
 
 # -- 3. The command line -----------------------------------------------------------
 
-# Every setting of a run, with its default. train_ddp.py has flags for the last group.
+# Every setting of a run, with its default
+# fmt: off
 DEFAULTS = {
-    "model": None,
-    "dataset": "auto",
-    "data_dir": "data",
-    "train_size": None,
-    "rotate": 10.0,
-    "shift": 0.0,
-    "epochs": 20,
-    "batch_size": 32,
-    "lr": 0.001,
-    "routing_iterations": 3,
-    "reconstruction": 0.0,
-    "seed": 0,
-    "device": None,
-    "compile": False,
-    "dry_run": False,
-    # one process in float32, unless train_ddp.py says otherwise
-    "script": "single",
-    "world_size": 1,
-    "precision": "fp32",
-    "accumulation_steps": 1,
-    "sync_bn": False,
+    "model": None, "routing_iterations": 3, "reconstruction": 0.0,
+    "dataset": "auto", "data_dir": "data", "train_size": None, "rotate": 10.0, "shift": 0.0,
+    "epochs": 20, "batch_size": 32, "lr": 0.001, "seed": 0,
+    "device": None, "compile": False, "dry_run": False,
+    # what train_ddp.py varies
+    "script": "single", "world_size": 1, "precision": "fp32",
+    "accumulation_steps": 1, "sync_bn": False,
 }
+# fmt: on
+DRY_RUN = Path("runs/dry-run")  # a dry run may replace the one before
 MAY_CHANGE = ("resume", "epochs", "data_dir", "device", "compile")  # with --resume
 # Printed at the start and at the end, so that nobody mistakes one for the other
 NOTE = {
@@ -331,80 +274,61 @@ NOTE = {
 
 
 def build_parser(description: str) -> "Parser":
-    """The flags that both training scripts have. Only flags that are given appear in
-    the result: see read_command."""
+    """The flags that both training scripts have; see Parser in part 5."""
     parser = Parser(description)
     flag = parser.add_flag
     count = number_between(int, 1, 1_000_000)
-    pixels = number_between(float, 0, 28)
-    flag("--model", choices=MODELS, help="which network; needed to start a run")
-    flag(
-        "--dataset",
-        choices=("auto", "mnist", "digits"),
-        help="auto: MNIST, or scikit-learn's digits if MNIST is not available",
-    )
-    flag("--data-dir", type=nonempty_path, metavar="DIR", help="holds MNIST/raw")
-    flag("--train-size", type=count, metavar="N", help="only the first N training images")
-    degrees = number_between(float, 0, 180)
-    flag("--rotate", type=degrees, metavar="R", help="turn digits by up to R degrees")
-    flag("--shift", type=pixels, metavar="S", help="move digits by up to S pixels")
-    flag("--epochs", type=count, metavar="N", help="passes over the training images")
-    flag("--batch-size", type=count, metavar="N", help="images per step and process")
-    rate = number_between(float, 1e-9, 100)
-    flag("--lr", type=rate, help="learning rate of Adam, times 0.7 every 2 epochs")
-    flag("--routing-iterations", type=count, metavar="N", help="of the digit capsules")
-    flag(
-        "--reconstruction",
-        type=number_between(float, 0, 100),
-        metavar="W",
-        help="weight of the decoder's loss; 0: no decoder. The paper's weight is 0.392; "
-        "with 20, the pictures follow the input after a few epochs",
-    )
-    flag("--seed", type=number_between(int, 0, 10**9), help="of everything random")
-    flag("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
-    flag(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile: a minute at first, then perhaps faster steps",
-    )
-    flag("--dry-run", action="store_true", help="one step of everything, in runs/dry-run")
-    flag(
-        "--run-dir",
-        type=nonempty_path,
-        metavar="DIR",
-        help="default: runs/<model>-<script>[-digits][-seedN]",
-    )
-    flag(
-        "--resume",
-        type=nonempty_path,
-        metavar="RUN",
-        help="continue the run in this folder; of the other flags only --epochs, "
-        "--data-dir, --device and --compile may then be given",
-    )
-    flag("--overwrite", action="store_true", help="replace the run in the run folder")
+    real = partial(number_between, float)
+    # fmt: off
+    flag("--model", "which network; needed to start a run", choices=MODELS)
+    flag("--routing-iterations", "iterations of routing", type=count, metavar="N")
+    flag("--reconstruction", "weight of the decoder's loss; 0: no decoder; 0.392: the paper's "
+         "weight; with 20 the drawings follow the digits after a few epochs",
+         type=real(0, 100), metavar="W")
+    flag("--dataset", "auto: MNIST, or scikit-learn's digits if MNIST is not available",
+         choices=("auto", "mnist", "digits"))
+    flag("--data-dir", "the folder that holds MNIST/raw", type=nonempty_path, metavar="DIR")
+    flag("--train-size", "at most the first N training images", type=count, metavar="N")
+    flag("--rotate", "turn digits by up to R degrees", type=real(0, 180), metavar="R")
+    flag("--shift", "move digits by up to S pixels", type=real(0, 28), metavar="S")
+    flag("--epochs", "passes over the training images", type=count, metavar="N")
+    flag("--batch-size", "images per step and process", type=count, metavar="N")
+    flag("--lr", "learning rate of Adam, times 0.7 every 2 epochs", type=real(1e-9, 100))
+    flag("--seed", "seed of everything random", type=number_between(int, 0, 4_000_000))
+    flag("--device", "cpu, cuda, cuda:1 ...; without it, the GPU if there is one")
+    flag("--compile", "torch.compile: a minute at first, then perhaps faster steps",
+         action=argparse.BooleanOptionalAction)
+    flag("--dry-run", "one step of everything, in runs/dry-run", action="store_true")
+    flag("--run-dir", "without it, runs/<model>-<script>[-digits][-seedN]",
+         type=nonempty_path, metavar="DIR")
+    flag("--resume", "continue the run in this folder; only --epochs, --data-dir, --device and "
+         "--compile may be given with it", type=nonempty_path, metavar="RUN")
+    flag("--overwrite", "replace the run in the run folder", action="store_true")
+    # fmt: on
     return parser
 
 
-def read_command(given: dict, script: dict) -> tuple[dict, Path]:
+def read_command(given: dict, fixed: dict) -> tuple[dict, Path]:
     """The flags that were given -> the settings of the run, and its folder.
 
-    `script` holds the settings that the script itself decides.
+    `fixed` holds the settings that the script itself decides.
     """
     if "resume" in given:
-        return resumed_settings(given, script), Path(given["resume"])
-    config = new_settings(given, script)
+        return resumed_settings(given, fixed), Path(given["resume"])
+    config = new_settings(given, fixed)
     return config, run_folder(given, config)
 
 
-def new_settings(given: dict, script: dict) -> dict:
+def new_settings(given: dict, fixed: dict) -> dict:
     """The settings of a new run. MNIST may be downloaded here."""
-    config = DEFAULTS | only_settings(given) | script
+    config = DEFAULTS | only_settings(given) | fixed
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
+    if config["dry_run"]:
+        refuse_flags(given, ("epochs", "train_size"), "--dry-run", "it takes one step")
     config["device"] = str(find_device(config["device"]))
-    config["effective_batch"] = (
-        config["batch_size"] * config["world_size"] * config["accumulation_steps"]
-    )
+    ranks = config["world_size"]
+    config["effective_batch"] = config["batch_size"] * ranks * config["accumulation_steps"]
     config["dataset"], reason = resolve_dataset(config["dataset"], config["data_dir"])
     if reason:
         print(f"NOTE: MNIST is not available: {reason}")
@@ -414,25 +338,33 @@ def new_settings(given: dict, script: dict) -> dict:
     return config
 
 
-def resumed_settings(given: dict, script: dict) -> dict:
+def resumed_settings(given: dict, fixed: dict) -> dict:
     """The settings that a run began with, but for the few that may change."""
-    folder = given["resume"]
-    recorded = load_checkpoint(Path(folder) / "last.pt")["config"]
-    began_with = {name: recorded.get(name) for name in script}
-    if began_with != script:
-        needed = f"train_{recorded.get('script')}.py"
-        processes = f"{recorded.get('world_size')} process(es)"
-        raise UserError(f"{folder} must be resumed by {needed}, {processes}")
+    others = [name for name in given if name not in MAY_CHANGE]
+    refuse_flags(given, others, "--resume", "a run keeps the settings that it began with")
+    folder = Path(given["resume"])
+    if not (folder / "last.pt").exists():
+        raise UserError(f"there is no run in {folder} (no last.pt)")
+    recorded = load_checkpoint(folder / "last.pt")["config"]
+    began_with = {name: recorded.get(name) for name in fixed}
+    if began_with != fixed:
+        script = f"train_{recorded.get('script')}.py"
+        count = recorded.get("world_size")
+        processes = "1 process" if count == 1 else f"{count} processes"
+        raise UserError(f"{folder} must be resumed by {script} with {processes}")
     if recorded.get("model") not in MODELS:
         raise UserError(f"{folder} is of another network, {recorded.get('model')}")
-    for name in given:
-        if name not in MAY_CHANGE:
-            flag = "--" + name.replace("_", "-")
-            hint = "a run keeps the settings that it began with"
-            raise UserError(f"{flag} does not go with --resume: {hint}")
     config = DEFAULTS | recorded | only_settings(given)
     config["device"] = str(find_device(config["device"]))
     return config
+
+
+def refuse_flags(given: dict, names, other: str, reason: str) -> None:
+    """UserError if one of these flags was given together with the other flag."""
+    for name in names:
+        if name in given:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} does not go with {other}: {reason}")
 
 
 def only_settings(given: dict) -> dict:
@@ -441,11 +373,11 @@ def only_settings(given: dict) -> dict:
 
 
 def run_folder(given: dict, config: dict) -> Path:
-    """Where a new run goes: --run-dir, or a name that tells runs apart."""
+    """Where a new run goes: --run-dir, or a name made of model, script, data and seed."""
     if "run_dir" in given:
         return Path(given["run_dir"])
     if config["dry_run"]:
-        return Path("runs/dry-run")
+        return DRY_RUN
     name = f"{config['model']}-{config['script']}"
     if config["dataset"] == "digits":
         name += "-digits"
@@ -473,20 +405,27 @@ def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, Dig
 def open_folder(run: Run, given: dict) -> None:
     """Lock the run's folder, then load the run that is there, or make sure none is.
 
-    Both happen under the lock, so no other training can come in between.
+    Looking comes after locking: of two trainings that start at the same moment, only
+    one finds the folder empty.
     """
-    run.lock()
-    a_new_dry_run = run.config["dry_run"] and "run_dir" not in given
+    run.lock = FolderLock(run.folder)
     if "resume" in given:
         run.load()
-    elif "overwrite" not in given and not a_new_dry_run:
-        run.refuse_to_replace()
+        return
+    dry_run_again = run.config["dry_run"] and run.folder == DRY_RUN
+    may_replace = "overwrite" in given or dry_run_again
+    if not may_replace and any((run.folder / name).exists() for name in RUN_FILES):
+        hint = "--resume continues it, --overwrite replaces it, or give another --run-dir"
+        raise UserError(f"{run.folder} holds a run: {hint}")
 
 
 def begin(run: Run, train_set: DigitBatches) -> None:
-    """Save the run as it is, and say what is trained."""
+    """Note the hardware in the settings, save the run, and say what is trained."""
     config = run.config
-    config["hardware"] = describe_hardware(config["device"])
+    threads = torch.get_num_threads()
+    config["hardware"] = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    if config["device"].startswith("cuda"):
+        config["hardware"] = torch.cuda.get_device_name()
     config["train_images"] = len(train_set)
     run.save()
     network = type(run.model).__name__
@@ -500,7 +439,7 @@ def begin(run: Run, train_set: DigitBatches) -> None:
 
 
 def print_stopped(run: Run, script: str) -> None:
-    """Ctrl-C: any moment is a good one to stop; say how to continue."""
+    """Ctrl-C: a run can be stopped at any moment; say how to continue."""
     command = f"{script} --resume {shell_path(run.folder)}"
     print(f"\nstopped; to continue: {command}", file=sys.stderr)
 
@@ -523,8 +462,8 @@ def main() -> None:
     train_set, validation_set = make_datasets(config, device)
     run = Run(config, folder, device)
     open_folder(run, given)
-    begin(run, train_set)
     try:
+        begin(run, train_set)
         while len(run.history) < config["epochs"]:
             start = time.perf_counter()
             trained = train_one_epoch(run, train_set)
@@ -546,6 +485,44 @@ def make_network(config: dict) -> nn.Module:
     """The network of a run's settings, with new weights."""
     network = MODELS[config["model"]]
     return network(config["routing_iterations"], config["reconstruction"])
+
+
+class FolderLock:
+    """A run folder belongs to one training at a time, until its process ends.
+
+    The kernel keeps the lock while the file .lock is open, so kill -9 releases it, too.
+    UserError if another training has the lock, or if the folder cannot be locked.
+    """
+
+    def __init__(self, folder: Path):
+        from filelock import FileLock, Timeout
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.file = folder / ".lock"
+        self.file_lock = FileLock(self.file)
+        try:
+            self.file_lock.acquire(blocking=False)
+        except Timeout:
+            hint = "wait for it, or start another run in another --run-dir"
+            raise UserError(f"another training is writing to {folder}: {hint}") from None
+        except (OSError, NotImplementedError) as error:
+            hint = "choose a --run-dir on another disk"
+            raise UserError(f"{folder} cannot be locked ({error}): {hint}") from None
+        self.file_identity = self.file.stat()
+
+    def check(self) -> None:
+        """UserError if another folder has this name now, or none.
+
+        The folder was moved or removed. Another training may have made a new one, and
+        we must not write into that. (A file keeps its inode number when its folder is
+        moved, and while it is open no other file gets that number.)
+        """
+        found = self.file.stat() if self.file.exists() else None
+        if found is None or not os.path.samestat(found, self.file_identity):
+            text = f"{self.folder} was moved or removed while its run trained"
+            hint = "nothing more was written; resume the run where it is now"
+            raise UserError(f"{text}: {hint}")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -586,20 +563,12 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly
-            raise UserError(f"--device {name}: this code is written for cpu and cuda")
+            raise UserError(f"device {name}: this code is written for cpu and cuda")
         torch.empty(0, device=device)  # PyTorch itself says what is wrong
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: {reason} (try --device cpu)") from None
+        raise UserError(f"device {name}: {reason} (try --device cpu)") from None
     return device
-
-
-def describe_hardware(device: str) -> str:
-    """The GPU's name, or how many CPU threads compute."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return "1 CPU thread" if threads == 1 else f"{threads} CPU threads"
 
 
 def number_between(kind: type, low: float, high: float):
@@ -618,7 +587,7 @@ def number_between(kind: type, low: float, high: float):
 
 
 def nonempty_path(text: str) -> str:
-    """A type for argparse: a path, with ~ expanded (the shell leaves --data-dir=~/x)."""
+    """A type for argparse: a path, with ~ expanded (the shell ignores --data-dir=~/x)."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
@@ -683,11 +652,23 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def flush_streams() -> None:
+    """Write what is still buffered. If that fails, Python must not try again at exit.
+
+    (It would print two more lines and change the exit code.)
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, or nobody reads the pipe any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     """Call main, then leave(code). A mistake is one line and code 2.
 
-    A traceback means a bug. If several processes found the same mistake, one prints it,
-    and the others are quiet.
+    A traceback means a bug. If several processes find the same mistake, the others are
+    `quiet` and let one print it.
     """
     import signal
 
@@ -695,20 +676,24 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     keep_freed_memory()
     on_interrupt = signal.getsignal(signal.SIGINT)
     code = 0
+    mistake = ""
     try:
         main()
-        sys.stdout.flush()  # os._exit does not
+        sys.stdout.flush()  # may still fail, and os._exit would not do it
     except (UserError, OSError) as error:  # OSError: a file cannot be read or written
-        code = 2
-        if quiet:  # torchrun ends all processes as soon as one fails: let that one print
-            time.sleep(30)  # still alive: this process alone knows what is wrong
-        print(f"error: {error}", file=sys.stderr)
-        with suppress(OSError):
-            sys.stdout.flush()
+        mistake = str(error)
+    except torch.OutOfMemoryError as error:
+        mistake = f"{str(error).splitlines()[0]} (try a smaller --batch-size)"
     except KeyboardInterrupt:
         code = 130
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)  # a notebook lives on
+    if mistake:
+        code = 2
+        if quiet:  # torchrun ends all processes when the first one fails
+            time.sleep(30)  # if this one still lives then, only it knows the mistake
+        with suppress(OSError):
+            print(f"error: {mistake}", file=sys.stderr)
+    signal.signal(signal.SIGINT, on_interrupt)  # a notebook needs its own handler again
+    flush_streams()
     leave(code)
 
 
