@@ -560,14 +560,15 @@ def load_checkpoint(path: Path) -> dict:
 
 def find_device(name: str | None) -> torch.device:
     """The device of that name, or the best one there is. UserError if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):  # mps computes channels_last wrongly
-            raise UserError(f"device {name}: this code is written for cpu and cuda")
+            raise UserError(f"--device {name}: this code is written for cpu and cuda")
         torch.empty(0, device=device)  # PyTorch itself says what is wrong
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name}: {reason} (try --device cpu)") from None
+        raise UserError(f"--device {name}: {reason} (try --device cpu)") from None
     return device
 
 
