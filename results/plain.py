@@ -1,11 +1,12 @@
-"""The baseline: each network's convolutions without capsules. Do capsules earn their cost?
+"""A baseline: each network's convolutions without capsules. Are capsules worth it?
 
-    python -m results.plain train_single.py --model plain-alexcaps        as the script itself
-    python -m results.plain train_ddp.py --model plain-rescaps --seed 1   would; then evaluate:
-    python -m results.plain evaluate.py runs/plain-alexcaps-single        writes report.json
+    python -m results.plain train_single.py --model plain-alexcaps
+    python -m results.plain train_ddp.py --model plain-rescaps --seed 1
+    python -m results.plain evaluate.py runs/plain-alexcaps-single
 
-The loop, the data and the seeds are the scripts' own. Left out is what makes a network one of
-capsules: squash, votes, routing, margin loss. A linear layer and cross-entropy take their place.
+The first two train with the scripts' own loop, data, seeds and flags. The third writes
+report.json. Squash, votes, routing and margin loss are left out. A linear layer and
+cross-entropy take their place.
 """
 
 import json
@@ -33,7 +34,8 @@ class WithoutCapsules(nn.Module):
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         if reconstruction > 0:
-            raise UserError("--reconstruction: a plain network has no capsule to draw from")
+            reason = "a plain network has no capsule to draw from"
+            raise UserError(f"--reconstruction: {reason}; leave it out")
         super().__init__(routing_iterations)
         N, I, _ = self.digits.weight.shape  # one matrix for each primary capsule
         self.digits = nn.Linear(N * I, 10)
@@ -62,7 +64,10 @@ NETWORKS = {"plain-alexcaps": PlainAlexNet, "plain-rescaps": PlainResNet}
 
 
 def write_report() -> None:
-    """report.json of the run that the command line names: what evaluate.py says, but of routing."""
+    """Write report.json of the run that the command line names.
+
+    It holds what evaluate.py's report holds, except for routing.
+    """
     if len(sys.argv) != 2:
         raise UserError("give the folder of one run")
     run = evaluate.read_run(Path(sys.argv[1]))

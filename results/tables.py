@@ -1,413 +1,471 @@
 """Keep runs in results/, and write every table and picture that shows what is kept.
 
-    python -m results.tables                              all anew, from results/
+    python -m results.tables                              write all again, from results/
     python -m results.tables runs/alexcaps-single ...     keep these runs first
-    python -m results.tables runs/ablation/*              (they go into results/ablation/)
+    python -m results.tables runs/ablation/*              (kept in results/ablation/)
 
-Run evaluate.py on a run before it is kept. Runs whose folders differ only in -seedN are one row,
-and a GPU's are rows of their own, NAME-cuda: TF32 and float16 are other settings than the CPU's.
-Written are the tables in README.md and results/README.md, each between <!-- results: NAME --> and
-<!-- end -->; comparison.md, .csv and .png of the report's four setups on the CPU; and the pictures of
-each run that has its lengths.npy here.
+Run evaluate.py on a run before you keep it. Runs whose folders differ only in -seedN
+are one row. The runs of a GPU have rows of their own, NAME-cuda: TF32 and float16 are
+other settings than the CPU's. What is written:
 
-Every difference comes with its 95 % interval, and a claim of the report is undecided where one
-contains a bound of "agree if" and no other figure lies outside.
+    README.md, results/README.md   tables, from <!-- results: NAME --> to <!-- end -->
+    comparison.md, .csv, .png      the report's four setups, on the CPU
+    NAME/*.png                     pictures of each run that has its lengths.npy here
+
+How the report is judged is in claims.py. Read that first. Then downwards:
+    1. how a figure is written
+    2. the tables
+    3. the two pages
+    4. keeping runs, and reading what is kept
+    5. pictures, and main
 """
 
 import argparse
-import csv
 import json
 import math
 import re
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median, stdev
-from typing import NamedTuple
+from statistics import mean, median
 
 import numpy as np
-from scipy import stats
+from torch import Tensor
 
 import evaluate
 from data import UserError, load
 from results import plain
+from results.claims import (
+    TEST_IMAGES,
+    VALIDATION_IMAGES,
+    Claim,
+    Estimate,
+    accuracy_difference,
+    efficiency,
+    of_mean,
+    report_claims,
+)
 from train_single import MODELS, run_main, write_file
 
 HERE = Path(__file__).parent
-SETUPS = ("single", "ddp")  # trained by which script
-DEVICES = ("", "-cuda")  # how names of runs end, but for the seed: on the CPU, and on a GPU
-# THE REPORT'S figures, not ours: test accuracy in percent and epochs; parameters of its own code
+# The report's own figures, not ours: test accuracy in percent, and epochs
 REPORT = {
     "alexcaps-single": (98.06, 10),
     "alexcaps-ddp": (96.28, 20),
     "rescaps-single": (98.70, 20),
     "rescaps-ddp": (97.86, 10),
 }
-REPORT_PARAMETERS = {"alexcaps": 2_683_840, "rescaps": 2_022_272}
+# The accuracies that the ablation's tables show, with the images that each one counts
+ACCURACIES = {
+    "val_accuracy": VALIDATION_IMAGES,
+    "accuracy": TEST_IMAGES,
+    "turned_15": 2_000,  # 1,000 turned to either side
+    "turned_30": 2_000,
+    "turned_45": 2_000,
+}
 
-# -- Differences and their intervals ---------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A figure with its 95 % interval, and what it rests on: seeds, rounds, images."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    n: str
+# -- 1. How a figure is written ------------------------------------------------------
 
 
-def of_mean(values: list[float]) -> tuple[float, float, float]:
-    """A mean and its 95 % interval by Student's t distribution; two values at least."""
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return mean(values), mean(values) - half, mean(values) + half
+def format_number(x: float) -> str:
+    """Four digits, or all before the decimal point: "0.1235", "1,234,568"."""
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.4g}"
 
 
-def over_seeds(first: list[float], second: list[float]) -> tuple[float, float, float]:
-    """Mean of `first` minus mean of `second`, and its 95 % interval by Student's t distribution.
-
-    One variance for both, from all deviations together: three seeds each are too few for two. It
-    asks how another choice of seeds would move the difference.
-    """
-    difference, freedom = mean(first) - mean(second), len(first) + len(second) - 2
-    squares = sum((x - mean(group)) ** 2 for group in (first, second) for x in group)
-    error = math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return difference, difference - half, difference + half
-
-
-def over_images(first: float, second: float, n: int) -> tuple[float, float, float]:
-    """The same for one run each: two accuracies, in percent, on n images (R. Newcombe 1998).
-
-    It asks how other images would move the difference, and knows nothing of other seeds.
-    """
-    low_1, high_1 = evaluate.wilson(first * n / 100, n)
-    low_2, high_2 = evaluate.wilson(second * n / 100, n)
-    difference = first - second
-    low = difference - math.hypot(first - low_1, high_2 - second)
-    return difference, low, difference + math.hypot(high_1 - first, second - low_2)
-
-
-def points(label: str, first: list[float], second: list[float], images: int) -> Estimate:
-    """A difference of accuracies, over seeds where there are more than two runs."""
-    if len(first) + len(second) > 2:
-        return Estimate(label, *over_seeds(first, second), f"{len(first)} + {len(second)}")
-    return Estimate(label, *over_images(first[0], second[0], images), f"1 + 1, {images:,} images")
-
-
-def ratio(label: str, first: list[float], second: list[float]) -> Estimate:
-    """Ratios of what was measured in turns, round by round; the interval is over rounds."""
-    ratios = [x / y for x, y in zip(first, second, strict=True)]
-    return Estimate(label, *of_mean(ratios), f"{len(ratios)} rounds")
-
-
-def efficiency(row: dict, contestant: str) -> Estimate:
-    """Speed of two processes on two devices over twice that of one."""
-    return ratio(row["precision"], row[contestant], [2 * one for one in row["one"]])
-
-
-def written(estimate: Estimate, form: str, unit: str = "") -> str:
-    """+0.46 points (+0.11 to +0.80)"""
+def format_estimate(estimate: Estimate, form: str, unit: str = "") -> str:
+    """For example "+0.46 points (+0.11 to +0.80)". An exact figure has no interval."""
     text = f"{estimate.value:{form}}{unit}"
     if estimate.low < estimate.high:
         text += f" ({estimate.low:{form}} to {estimate.high:{form}})"
     return text
 
 
-def verdict(estimates: list[Estimate], least: float, most: float) -> str:
-    """A claim holds where each estimate lies within least..most, and fails where one lies outside.
-
-    An estimate whose interval contains a bound lies neither within nor outside.
-    """
-    said = set()
-    for _, value, low, high, _ in estimates:
-        if low <= least <= high or low <= most <= high:
-            said.add("undecided")
-        else:
-            said.add("agree" if least < value < most else "disagree")
-    order = ("disagree", "undecided", "agree")  # one "disagree" is enough
-    return next((word for word in order if word in said), "not measured")
-
-
-# -- The report's claims ---------------------------------------------------------------------------
-
-
-def judge(claim: dict, estimates: list[Estimate]) -> dict:
-    """A row of claims.csv with its verdict, its figures, and those of the estimate that decides."""
-    form, unit, least, most = (claim[name] for name in ("form", "unit", "least", "most"))
-    least, most = float(least), float(most)
-    answer = verdict(estimates, least, most)
-    counts = [e.n for e in estimates if e.n]
-    texts = {f"{e.label}: {written(e, form, unit)}": e for e in estimates}
-    deciding = [text for text, e in texts.items() if verdict([e], least, most) == answer]
-    upper = "" if most == math.inf else f" to {most:{form}}"
-    return claim | {
-        "agree if": f"from {least:{form}}{upper}{unit}",
-        "measured": "; ".join(texts),
-        "n": "; ".join(counts if len({*counts}) > 1 else counts[:1]),
-        "short": deciding[0] if deciding else "",
-        "verdict": answer,
-    }
-
-
-def alike(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
-    """Whether both rows are there and have the same settings of these names."""
-    return bool(a and b) and all(a[name] == b[name] for name in names)
-
-
-def judged_claims(kept: dict[str, dict], scaling: list[dict]) -> list[dict]:
-    """The report's claims, judged by the setups' rows of each device and by benchmark.py's scaling."""
-    found, recipe = defaultdict(list), ("train_images", "world_size", "batch_size", "precision")
-    both = set()
-    for script in [script + device for script in SETUPS for device in DEVICES]:
-        alex, res = (kept.get(f"{network}-{script}") for network in REPORT_PARAMETERS)
-        if alike(recipe, alex, res):
-            one = [[r["history"][0]["val_accuracy"] for r in row["runs"]] for row in (alex, res)]
-            found["fast"].append(points(script, *one, images=5_000))
-        if alike((*recipe, "epochs"), alex, res):
-            tests = res["values"]["accuracy"], alex["values"]["accuracy"]
-            found["end"].append(points(script, *tests, images=10_000))
-        if alex and res:  # both scripts train the same networks: one estimate
-            flops = res["flops_per_image"] / alex["flops_per_image"]
-            found["scarce"] = [Estimate("FLOPs", flops, flops, flops, "")]
-    speeds = {(row["network"], row["precision"]): row for row in scaling}
-    for label, precision, contestant in (("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")):
-        alex, res = (speeds.get((network, precision)) for network in REPORT_PARAMETERS)
-        if alex and res:  # images/s: the slower network takes the longer time
-            found["time"].append(ratio(label, res[contestant], alex[contestant]))
-            found["scarce"].append(ratio(f"{label}, time", alex[contestant], res[contestant]))
-    for network, size in REPORT_PARAMETERS.items():
-        for device in DEVICES:
-            one, many = (kept.get(f"{network}-{script}{device}") for script in SETUPS)
-            if alike(("train_images", "epochs"), one, many):
-                tests = many["values"]["accuracy"], one["values"]["accuracy"]
-                label = network.removesuffix("caps") + device
-                found["ddp"].append(points(label, *tests, images=10_000))
-                both.add(network)
-        found[network].append(Estimate("its code", size, size, size, ""))
-        if (network, "bf16") in speeds:  # the report's DDP runs are in half precision, too
-            found[f"{network} ddp"].append(efficiency(speeds[network, "bf16"], "ddp"))
-    if len(both) < 2:  # the claim is about both networks
-        found["ddp"] = []
-    claims = csv.DictReader((HERE / "claims.csv").read_text().splitlines())
-    return [judge(claim, found[claim["key"]]) for claim in claims]
-
-
-# -- Tables ----------------------------------------------------------------------------------------
-
-
-def kept_rows(folder: Path) -> dict[str, dict]:
-    """Runs kept in a folder as rows (evaluate.make_rows), by name without -seedN."""
-    found, rows = defaultdict(list), {}
-    for path in sorted(folder.glob("*/config.json")):
-        name = re.sub(r"-seed\d+$", "", path.parent.name)
-        found[name].append(evaluate.read_run(path.parent))
-    for name, runs in found.items():
-        rows[name], *others = evaluate.make_rows(runs)
-        if others:
-            raise UserError(f"{folder / name}: its seeds differ in settings; delete the wrong ones")
-    return rows
-
-
-def number(x: float) -> str:
-    """Four digits, or all before the point."""
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+def mean_and_deviation(row: dict, name: str) -> str:
+    """For example "99.51 ± 0.12", over the row's seeds. One run has no deviation."""
+    text = f"{row[name]:.2f}"
+    deviation = row[f"{name}_std"]
+    if deviation is not None:
+        text += f" ± {deviation:.2f}"
+    return text
 
 
 def table(rows: list[dict], *names: str) -> str:
-    """Rows {heading: cell} as Markdown, or these columns of them; see number."""
+    """Rows {heading: cell} as Markdown: all columns, or only those with these names."""
     if not rows:
         return "not measured\n"
     names = names or tuple(rows[0])
-    cells = [[row[name] for name in names] for row in rows]
-    texts = [[number(x) if isinstance(x, float) else str(x) for x in line] for line in cells]
-    return evaluate.markdown_table(names, texts)
+    lines = []
+    for row in rows:
+        lines.append([format_cell(row[name]) for name in names])
+    return evaluate.markdown_table(names, lines)
 
 
-def spread(row: dict, name: str) -> str:
-    """A row's mean ± standard deviation over seeds."""
-    deviation = row[f"{name}_std"]
-    return f"{row[name]:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+def format_cell(cell) -> str:
+    return format_number(cell) if isinstance(cell, float) else str(cell)
+
+
+# -- 2. The tables -------------------------------------------------------------------
 
 
 def headline(kept: dict[str, dict]) -> str:
-    """Four rows: the report's figure and ours."""
+    """Four rows: the report's accuracy and ours."""
     rows = []
-    for setup, (stated, epochs) in REPORT.items():
+    for setup, (accuracy, epochs) in REPORT.items():
         network, script = setup.split("-")
-        row = {"network": MODELS[network].__name__, "trained by": f"train_{script}.py"}
-        row |= {"the report, %": f"{stated:.2f}", "its epochs": epochs}
-        ours = kept.get(setup, {"epochs": "", "n": 0})
-        row["**ours, %**"] = spread(ours, "accuracy") if ours["n"] else ""
-        rows.append(row | {"epochs": ours["epochs"], "n": ours["n"]})
+        row = {
+            "network": MODELS[network].__name__,
+            "trained by": f"train_{script}.py",
+            "the report, %": f"{accuracy:.2f}",
+            "its epochs": epochs,
+            "**ours, %**": "",
+            "epochs": "",
+            "n": 0,
+        }
+        if setup in kept:
+            ours = kept[setup]
+            row["**ours, %**"] = mean_and_deviation(ours, "accuracy")
+            row["epochs"] = ours["epochs"]
+            row["n"] = ours["n"]
+        rows.append(row)
     return table(rows)
 
 
 def run_table(kept: dict[str, dict]) -> str:
-    """What the runs of each name achieve, and what they cost.
-
-    The interval is over seeds, or, of a single run, over images (Wilson).
-    """
+    """What the runs of each name achieve, and what they cost."""
     rows = []
     for name, row in kept.items():
-        low, high = row["runs"][0]["report"]["interval_95"]
         if row["n"] > 1:
-            _, low, high = of_mean(row["values"]["accuracy"])
+            _, low, high = of_mean(row["values"]["accuracy"])  # over seeds
+        else:
+            low, high = row["runs"][0]["report"]["interval_95"]  # over images
         batch = row["batch_size"] * row["accumulation_steps"] * row["world_size"]
-        cells = {"run": name, "precision": row["precision"], "batch": batch}
-        cells |= {
+        cells = {
+            "run": name,
+            "precision": row["precision"],
+            "batch": batch,
             "epochs": row["epochs"],
             "n": row["n"],
-            "validation, %": spread(row, "val_accuracy"),
+            "validation, %": mean_and_deviation(row, "val_accuracy"),
+            "**test, %**": mean_and_deviation(row, "accuracy"),
+            "95 %": f"{low:.2f} to {high:.2f}",
+            "MFLOPs an image": row["flops_per_image"] / 1e6,
+            "processes": row["world_size"],
+            "hardware": row["hardware"],
+            "seconds an epoch": row["seconds"],
+            "parameters": f"{row['parameters']:,}",
         }
-        cells |= {"**test, %**": spread(row, "accuracy"), "95 %": f"{low:.2f} to {high:.2f}"}
-        cells |= {"MFLOPs an image": row["flops_per_image"] / 1e6, "processes": row["world_size"]}
-        cells |= {"hardware": row["hardware"]}
-        cells |= {"seconds an epoch": row["seconds"], "parameters": f"{row['parameters']:,}"}
         rows.append(cells)
     return table(rows)
 
 
-def ablation_tables(kept: dict[str, dict]) -> dict[str, str]:
-    """One change at a time: accuracies, and how they differ from the first row's, "baseline"."""
-    images = {"val_accuracy": 5_000, "accuracy": 10_000}
-    images |= {"turned_15": 2_000, "turned_30": 2_000, "turned_45": 2_000}  # 1,000 to either side
-    base, values, gaps = kept.get("baseline"), [], []
-    for name in sorted(kept, key=lambda name: (name != "baseline", len(name), name)):
-        row = kept[name]
-        varied = [k for k in ("model", *evaluate.USUAL) if row[k] != base[k]]
-        flags = [f"--{k.replace('_', '-')} {row[k]}" for k in varied]
-        start = {"changed": " ".join(flags) or "nothing", "n": row["n"]}
-        values.append(start | {figure: spread(row, figure) for figure in images})
-        if flags:
-            pairs = {k: (row["values"][k], base["values"][k], n) for k, n in images.items()}
-            found = {k: points(k, *pair) for k, pair in pairs.items()}
-            gaps.append(start | {k: written(gap, "+.2f") for k, gap in found.items()})
-    return {"ablation": table(values), "differences": table(gaps)}
+def claim_figure(claim: Claim, estimate: Estimate) -> str:
+    """For example "single: -0.20 points (-0.43 to +0.03)"."""
+    return f"{estimate.label}: {format_estimate(estimate, claim.form, claim.unit)}"
 
 
-def scaling_row(row: dict) -> dict:
-    """Medians of images/s over the rounds, and both efficiencies with their intervals."""
-    speeds = {f"{name}, images/s": median(row[name]) for name in ("one", "apart", "ddp")}
-    shares = {f"{k} / (2 x one)": written(efficiency(row, k), ".2f") for k in ("apart", "ddp")}
-    return {"network": row["network"], "precision": row["precision"]} | speeds | shares
+def bounds(claim: Claim) -> str:
+    """For example "from +0.10 to +2.00 points"."""
+    text = f"from {claim.at_least:{claim.form}}"
+    if claim.at_most < math.inf:
+        text += f" to {claim.at_most:{claim.form}}"
+    return text + claim.unit
+
+
+def claim_row(claim: Claim) -> dict:
+    """A claim with all its figures, and "short", the first figure that decides."""
+    figures = [claim_figure(claim, estimate) for estimate in claim.estimates]
+    short = claim_figure(claim, claim.deciding) if claim.deciding else ""
+    counts = [estimate.n for estimate in claim.estimates if estimate.n]
+    if len(set(counts)) == 1:
+        counts = counts[:1]  # the same for all: said once
+    return {
+        "the report says": claim.report_says,
+        "metric": claim.metric,
+        "agree if": bounds(claim),
+        "measured": "; ".join(figures),
+        "n": "; ".join(counts),
+        "verdict": claim.verdict,
+        "short": short,
+    }
+
+
+def claim_table(claims: list[Claim]) -> str:
+    """All figures of each claim, for results/README.md."""
+    rows = [claim_row(claim) for claim in claims]
+    names = ("the report says", "metric", "agree if", "measured", "n", "verdict")
+    return table(rows, *names)
+
+
+def short_claim_table(claims: list[Claim]) -> str:
+    """One figure of each claim, the first that decides, for README.md."""
+    rows = [claim_row(claim) for claim in claims]
+    for row in rows:
+        row["measured"] = row["short"]
+    return table(rows, "the report says", "measured", "verdict")
+
+
+def changed_flags(row: dict, base: dict) -> str:
+    """The settings in which a row differs from the base, for example "--rotate 0.0"."""
+    flags = []
+    for name in ("model", *evaluate.USUAL):
+        if row[name] != base[name]:
+            flags.append(f"--{name.replace('_', '-')} {row[name]}")
+    return " ".join(flags)
+
+
+def baseline_first(kept: dict[str, dict]) -> list[dict]:
+    """The rows in the order of the ablation's tables; [] if there is no baseline."""
+    if "baseline" not in kept:
+        return []
+    others = [name for name in kept if name != "baseline"]
+    others.sort(key=lambda name: (len(name), name))  # batch-64 before batch-256
+    return [kept[name] for name in ("baseline", *others)]
+
+
+def ablation_table(kept: dict[str, dict]) -> str:
+    """One change at a time: the accuracies."""
+    rows = []
+    for row in baseline_first(kept):
+        flags = changed_flags(row, kept["baseline"])
+        cells = {"changed": flags or "nothing", "n": row["n"]}
+        for name in ACCURACIES:
+            cells[name] = mean_and_deviation(row, name)
+        rows.append(cells)
+    return table(rows)
+
+
+def difference_table(kept: dict[str, dict]) -> str:
+    """One change at a time: the accuracies minus the baseline's, in points."""
+    rows = []
+    for row in baseline_first(kept):
+        base = kept["baseline"]
+        flags = changed_flags(row, base)
+        if not flags:
+            continue  # the baseline itself
+        cells = {"changed": flags, "n": row["n"]}
+        for name, images in ACCURACIES.items():
+            first = row["values"][name]
+            second = base["values"][name]
+            gap = accuracy_difference(name, first, second, images)
+            cells[name] = format_estimate(gap, "+.2f")
+        rows.append(cells)
+    return table(rows)
+
+
+def plain_tables(kept: dict[str, dict]) -> str:
+    """Each plain network's accuracies minus those of the network with capsules."""
+    tables = []
+    for name, row in kept.items():
+        plain_row = kept.get(f"plain-{name}")
+        if plain_row:
+            tables.append(difference_table({"baseline": row, "plain": plain_row}))
+    return "\n".join(tables)
+
+
+def scaling_cells(row: dict) -> dict:
+    """A row of scaling: medians of images/s over the rounds, and efficiencies."""
+    cells = {"network": row["network"], "precision": row["precision"]}
+    for contestant in ("one", "apart", "ddp"):
+        cells[f"{contestant}, images/s"] = median(row[contestant])
+    for contestant in ("apart", "ddp"):
+        estimate = efficiency(row, contestant)
+        cells[f"{contestant} / (2 x one)"] = format_estimate(estimate, ".2f")
+    return cells
 
 
 def speed_text(speed: dict) -> str:
-    """What benchmark.py measured, part by part."""
+    """What benchmark.py measured on one machine: a table for each part."""
     text = ""
-    for part, found in speed.items():
-        rows = [scaling_row(row) if part == "scaling" else row for row in found["rows"]]
-        text += f"*{part}*: {found['hardware']}, PyTorch {found['torch']}\n\n{table(rows)}\n"
+    for part, measured in speed.items():
+        rows = measured["rows"]
+        if part == "scaling":
+            rows = [scaling_cells(row) for row in rows]
+        text += f"*{part}*: {measured['hardware']}, PyTorch {measured['torch']}\n\n"
+        text += f"{table(rows)}\n"
     return text
 
 
-def sooner_rows(theirs: dict, kept: dict[str, dict]) -> list[dict]:
-    """The report's code and ours to an accuracy; steps were measured in turns."""
-    steps = {row["part"]: row["ms"] for row in theirs["rows"] if row["setting"] == "fp32"}
+def first_epoch_with(accuracy: float, run: dict) -> int:
+    """The first epoch whose validation accuracy is at least so high, in percent."""
+    return min(e["epoch"] for e in run["history"] if e["val_accuracy"] >= accuracy)
+
+
+def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
+    """How long the report's code and ours take until they reach an accuracy."""
+    ms = {}  # of a step in our code; theirs and ours were measured in turns
+    for row in report_code["rows"]:
+        if row["setting"] == "fp32":
+            ms[row["part"]] = row["ms"]
     rows = []
-    for row in theirs["to an accuracy"]:
-        runs, least = kept[row["ours"]]["runs"], row["accuracy, %"]
-        epochs = [min(e["epoch"] for e in r["history"] if e["val_accuracy"] >= least) for r in runs]
-        epoch = steps[f"{row['network']}, step with its data"] / 1000 * 55_000 / 32
-        row |= {"our epochs": ", ".join(map(str, epochs)), "our seconds": mean(epochs) * epoch}
-        rows.append(row | {"times sooner": row["its seconds"] / row["our seconds"]})
-    return rows
+    for row in report_code["to an accuracy"]:
+        runs = kept[row["ours"]]["runs"]
+        epochs = [first_epoch_with(row["accuracy, %"], run) for run in runs]
+        seconds_a_step = ms[f"{row['network']}, step with its data"] / 1000
+        seconds_an_epoch = seconds_a_step * 55_000 / 32  # images / batch: steps
+        seconds = mean(epochs) * seconds_an_epoch
+        cells = {
+            "our epochs": ", ".join(map(str, epochs)),
+            "our seconds": seconds,
+            "times sooner": row["its seconds"] / seconds,
+        }
+        rows.append(row | cells)
+    return table(rows)
+
+
+# -- 3. The two pages ----------------------------------------------------------------
 
 
 def pages(kept: dict[str, dict]) -> dict[Path, str]:
-    """Both pages as they must be: their text, and between the markers what is kept here."""
-    speeds = [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"))]
-    scaling = [row for speed in speeds for row in speed.get("scaling", {"rows": []})["rows"]]
-    claims = judged_claims(kept, scaling)
-    theirs = json.loads((HERE / "report-code-cpu.json").read_text())
-    wide = ("the report says", "metric", "agree if", "measured", "n", "verdict")
-    short = [row | {"measured": row["short"]} for row in claims]
-    short = table(short, "the report says", "measured", "verdict")
-    tables = {"runs": run_table(kept), "claims": table(claims, *wide)}
-    tables |= ablation_tables(kept_rows(HERE / "ablation"))
-    plains = [(row, kept.get(f"plain-{name}")) for name, row in kept.items()]
-    pairs = [ablation_tables({"baseline": base, "plain": row}) for base, row in plains if row]
-    tables["plain"] = "\n".join(pair["differences"] for pair in pairs)
-    tables["speed"] = "".join(speed_text(speed) for speed in speeds)
-    tables["sooner"] = table(sooner_rows(theirs, kept))
-    tables["report-code"] = table(theirs["rows"], *theirs["columns"])
-    front, here = HERE.parent / "README.md", HERE / "README.md"
-    own = {"headline": headline(kept), "claims": short}
-    return {front: fill(front, own), here: fill(here, tables)}
+    """{page: its text}: both pages, with tables made from what is in this folder."""
+    ablation = kept_rows(HERE / "ablation")
+    report_code = json.loads((HERE / "report-code-cpu.json").read_text())
+    speeds = []
+    scaling = []
+    for path in sorted(HERE.glob("speed-*.json")):
+        speed = json.loads(path.read_text())
+        speeds.append(speed)
+        if "scaling" in speed:
+            scaling += speed["scaling"]["rows"]
+    claims = report_claims(kept, scaling)
+    short = {"headline": headline(kept), "claims": short_claim_table(claims)}
+    full = {
+        "runs": run_table(kept),
+        "claims": claim_table(claims),
+        "ablation": ablation_table(ablation),
+        "differences": difference_table(ablation),
+        "plain": plain_tables(kept),
+        "speed": "".join(speed_text(speed) for speed in speeds),
+        "sooner": sooner_table(report_code, kept),
+        "report-code": table(report_code["rows"], *report_code["columns"]),
+    }
+    readme = HERE.parent / "README.md"
+    results = HERE / "README.md"
+    return {readme: fill(readme, short), results: fill(results, full)}
 
 
 def fill(page: Path, tables: dict[str, str]) -> str:
     """The text of a page with each table between its markers."""
     text = page.read_text()
     for name, lines in tables.items():
-        start, end = f"<!-- results: {name} -->", "<!-- end -->"
-        before, rest = text.split(start)  # there is one place for each
-        text = f"{before}{start}\n\n{lines.strip()}\n\n{end}{rest.split(end, 1)[1]}"
+        start = f"<!-- results: {name} -->"
+        end = "<!-- end -->"
+        before, rest = text.split(start)  # each table has exactly one place
+        _, after = rest.split(end, 1)
+        text = f"{before}{start}\n\n{lines.strip()}\n\n{end}{after}"
     return text
 
 
-# -- Keeping runs ----------------------------------------------------------------------------------
+# -- 4. Keeping runs, and reading what is kept ---------------------------------------
+
+
+def kept_rows(folder: Path) -> dict[str, dict]:
+    """The runs kept in a folder -> {name without -seedN: row of evaluate.make_rows}.
+
+    UserError if the seeds of one name differ in anything else.
+    """
+    runs = {}
+    for path in sorted(folder.glob("*/config.json")):
+        name = re.sub(r"-seed\d+$", "", path.parent.name)
+        runs.setdefault(name, []).append(evaluate.read_run(path.parent))
+    kept = {}
+    for name, seeds in runs.items():
+        rows = evaluate.make_rows(seeds)
+        if len(rows) > 1:
+            hint = "delete the wrong ones"
+            raise UserError(f"{folder / name}: its seeds differ in settings: {hint}")
+        kept[name] = rows[0]
+    return kept
 
 
 def place(run: dict, overwrite: bool) -> Path:
-    """Where a run will be kept; UserError if it may not be."""
-    folder, config = run["folder"].absolute(), run["config"]
-    target = HERE / ("ablation" if folder.parent.name == "ablation" else "") / folder.name
-    if target.parent == HERE and config["device"] != "cpu" and "-cuda" not in target.name:
-        target = HERE / re.sub(r"(-seed\d+)?$", r"-cuda\1", target.name, count=1)
-    whole = run["report"] and len(run["history"]) == config["epochs"]
-    if config["dataset"] != "mnist" or not whole:
-        raise UserError(f"{folder} is not of MNIST, not finished, or not evaluated: not kept")
+    """The folder in which a run will be kept. UserError if it may not be kept."""
+    folder = run["folder"].absolute()
+    config = run["config"]
+    finished = len(run["history"]) == config["epochs"]
+    if config["dataset"] != "mnist" or not finished or not run["report"]:
+        reason = "not of MNIST, not finished, or not evaluated"
+        hint = "finish it, then run evaluate.py on it"
+        raise UserError(f"{folder} is {reason}: {hint}")
+    target = target_folder(folder, config["device"])
     if (target / "config.json").exists() and not overwrite:
         before = evaluate.read_run(target)["config"]
-        if any(config[size] < before[size] for size in ("epochs", "train_images")):
-            raise UserError(f"{target} is longer or larger than {folder}: --overwrite replaces it")
+        for size in ("epochs", "train_images"):
+            if config[size] < before[size]:
+                hint = "--overwrite replaces it"
+                raise UserError(f"{target} is longer or larger than {folder}: {hint}")
     return target
 
 
+def target_folder(folder: Path, device: str) -> Path:
+    """runs/NAME -> results/NAME; runs/ablation/NAME -> results/ablation/NAME.
+
+    On a GPU, NAME becomes NAME-cuda, and NAME-seed1 becomes NAME-cuda-seed1.
+    """
+    if folder.parent.name == "ablation":
+        return HERE / "ablation" / folder.name
+    name = folder.name
+    if device != "cpu" and "-cuda" not in name:
+        name = re.sub(r"(-seed\d+)?$", r"-cuda\1", name, count=1)
+    return HERE / name
+
+
 def keep(run: dict, target: Path) -> None:
-    """Copy what stays of a run, without the path where its data lay."""
+    """Copy what stays of a run, without the path of its data."""
     target.mkdir(exist_ok=True, parents=True)
-    config = json.dumps(run["config"] | {"data_dir": "data"}, indent=2)
-    write_file(target / "config.json", f"{config}\n".encode())
-    for name in ("metrics.csv", "report.json"):
+    config = run["config"] | {"data_dir": "data"}
+    text = json.dumps(config, indent=2) + "\n"
+    write_file(target / "config.json", text.encode())
+    names = ["metrics.csv", "report.json"]
+    is_drawn = config["seed"] == 0 and target.parent == HERE
+    if is_drawn and (run["folder"] / "lengths.npy").exists():
+        names.append("lengths.npy")  # 200 kB
+    for name in names:
         write_file(target / name, (run["folder"] / name).read_bytes())
-    lengths = run["folder"] / "lengths.npy"  # 200 kB, for the pictures
-    if lengths.exists() and run["config"]["seed"] == 0 and target.parent == HERE:
-        write_file(target / lengths.name, lengths.read_bytes())
 
 
-def draw(kept: dict[str, dict], images, labels) -> None:
-    """The pictures of all runs with lengths.npy here, with a plain CNN's line where it is kept."""
+# -- 5. Pictures, and main -----------------------------------------------------------
+
+
+def draw(kept: dict[str, dict], images: Tensor, labels: Tensor) -> None:
+    """Draw each run that has its lengths.npy, beside its plain CNN if that is kept."""
     for name, row in kept.items():
-        run, other = row["runs"][0], kept.get(f"plain-{name}")
-        angles = evaluate.at_angles(other["runs"][0]["report"]) if other else None
-        if (run["folder"] / "lengths.npy").exists():
-            lengths = np.load(run["folder"] / "lengths.npy")
-            evaluate.draw_all(run, lengths, images, labels, run["folder"], angles)
+        run = row["runs"][0]
+        file = run["folder"] / "lengths.npy"
+        if not file.exists():
+            continue
+        angles = None
+        if f"plain-{name}" in kept:
+            plain_run = kept[f"plain-{name}"]["runs"][0]
+            angles = evaluate.at_angles(plain_run["report"])
+        evaluate.draw_all(run, np.load(file), images, labels, run["folder"], angles)
 
 
 def main() -> None:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=style
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # so that a mistake is one line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="keep this run first")
-    parser.add_argument("--overwrite", action="store_true", help="replace longer kept runs, too")
-    parser.add_argument("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
+    flag = parser.add_argument
+    flag("runs", nargs="*", type=Path, metavar="RUN", help="keep this run first")
+    flag("--overwrite", action="store_true", help="replace longer kept runs, too")
+    flag("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
     flags = parser.parse_args()
-    MODELS.update(plain.NETWORKS)
-    images, labels = load("mnist", flags.data_dir, "test")  # or nothing is written
+    MODELS.update(plain.NETWORKS)  # their runs are kept, too
+    # If a file is missing or a run may not be kept, nothing is written.
+    images, labels = load("mnist", flags.data_dir, "test")
     runs = [evaluate.read_run(folder) for folder in flags.runs]
-    places = [place(run, flags.overwrite) for run in runs]  # before one is copied
-    for run, target in zip(runs, places, strict=True):
+    targets = [place(run, flags.overwrite) for run in runs]
+    for run, target in zip(runs, targets, strict=True):
         keep(run, target)
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
         write_file(page, text.encode())
-    named = [run for setup in REPORT if setup in kept for run in kept[setup]["runs"]]
-    evaluate.compare(named, HERE)
+    compared = []
+    for setup in REPORT:
+        if setup in kept:
+            compared += kept[setup]["runs"]
+    evaluate.compare(compared, HERE)
     draw(kept, images, labels)
 
 

@@ -1,0 +1,411 @@
+"""The report's nine claims, judged by measurements: a lesson in statistics.
+
+Train a network twice, with two seeds, and you get two test accuracies. So a difference
+of 0.1 points between two networks may be chance. That is why each figure here has a
+95 % interval. Imagine that the measurement was repeated 100 times and that each time
+the interval was computed from the new values: about 95 of these intervals would contain
+the true value. There are three kinds, since three things can be repeated:
+
+    over seeds    New initial weights, angles and orders of the images, but the same
+                  test digits. This needs several runs, whose scatter sets the width.
+    over images   New test digits, but the same trained networks. One run of each is
+                  enough. The interval says nothing about other seeds.
+    over rounds   New rounds of benchmark.py on the same machine: for times and speeds.
+
+One interval in 20 misses the true value, and nothing marks it.
+
+A claim also needs bounds. The report gives none, so they are ours: "about 2x slower"
+means 1.5 to 2.5 times the time. Then there are three verdicts:
+
+    agree         Every interval lies within the bounds.
+    disagree      At least one interval lies outside the bounds.
+    undecided     No interval lies outside, but one contains a bound: the true value may
+                  be on either side of it. Without this third verdict, chance would
+                  decide. With more seeds, the interval becomes narrower.
+
+Read it downwards:
+    1. a figure and its interval
+    2. a claim and its verdict
+    3. the nine claims
+    4. what was measured for each of them
+Then open tables.py, which prints them.
+"""
+
+import math
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy import stats
+
+import evaluate
+
+VALIDATION_IMAGES = 5_000
+TEST_IMAGES = 10_000
+# A run's name is NETWORK-SCRIPT, and on a GPU NETWORK-SCRIPT-cuda
+NETWORKS = ("alexcaps", "rescaps")
+SCRIPTS = ("single", "ddp")  # train_single.py and train_ddp.py
+DEVICES = ("", "-cuda")
+
+# -- 1. A figure and its interval ----------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % interval, from `low` to `high`.
+
+    `n` says what the interval rests on: seeds ("3 + 3"), images or rounds.
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    n: str
+
+
+def exact(label: str, value: float) -> Estimate:
+    """A figure that does not scatter, such as a number of parameters."""
+    return Estimate(label, value, low=value, high=value, n="")
+
+
+def t_factor(freedom: int) -> float:
+    """How many standard errors the 95 % interval reaches to either side.
+
+    For very many values it is 1.96. A few values only hint at how much values scatter,
+    so their interval has to be wider: Student's t distribution says by how much. With 4
+    degrees of freedom (3 + 3 values minus 2 means) the factor is 2.78. With 1 degree of
+    freedom it is 12.7.
+    """
+    return float(stats.t.ppf(0.975, freedom))  # 2.5 % are left out on either side
+
+
+def of_mean(values: list[float]) -> tuple[float, float, float]:
+    """The mean of two or more values, and its interval -> (mean, low, high)."""
+    n = len(values)
+    # The mean of n values scatters less than one value, by a factor of sqrt(n).
+    half = t_factor(n - 1) * stdev(values) / math.sqrt(n)
+    return mean(values), mean(values) - half, mean(values) + half
+
+
+def over_seeds(first: list[float], second: list[float]) -> tuple[float, float, float]:
+    """mean(first) - mean(second), and its interval -> (difference, low, high).
+
+    Each list has a value per seed; together they need at least three. The interval says
+    how other seeds would move the difference (Student's t, with one variance for both
+    lists: three seeds are too few to estimate two variances).
+    """
+    difference = mean(first) - mean(second)
+    freedom = len(first) + len(second) - 2  # two means were estimated first
+    deviations = [x - mean(first) for x in first]
+    deviations += [x - mean(second) for x in second]
+    variance = sum(x**2 for x in deviations) / freedom
+    # The standard error: how much the difference of the two means scatters
+    error = math.sqrt(variance * (1 / len(first) + 1 / len(second)))
+    half = t_factor(freedom) * error
+    return difference, difference - half, difference + half
+
+
+def over_images(first: float, second: float, n: int) -> tuple[float, float, float]:
+    """first - second, and its interval -> (difference, low, high).
+
+    Both are accuracies in percent on n images, of one run each. The interval says how
+    other images would move the difference (R. Newcombe 1998, method 10). It is made for
+    two sets of images. Here both networks have the same images and tend to fail on the
+    same ones, so their difference scatters less: the interval is rather too wide.
+    """
+    low_1, high_1 = evaluate.wilson(first * n / 100, n)
+    low_2, high_2 = evaluate.wilson(second * n / 100, n)
+    difference = first - second
+    # The difference is lowest if the first is low while the second is high. It is rare
+    # that both happen at once, so the two distances are added as squares.
+    low = difference - math.hypot(first - low_1, high_2 - second)
+    high = difference + math.hypot(high_1 - first, second - low_2)
+    return difference, low, high
+
+
+def accuracy_difference(
+    label: str, first: list[float], second: list[float], images: int
+) -> Estimate:
+    """First minus second, in points: over seeds or, with one run each, over images.
+
+    Each list has an accuracy per seed, in percent on that many images.
+    """
+    if len(first) + len(second) > 2:
+        value, low, high = over_seeds(first, second)
+        n = f"{len(first)} + {len(second)}"
+    else:
+        value, low, high = over_images(first[0], second[0], images)
+        n = f"1 + 1, {images:,} images"
+    return Estimate(label, value, low, high, n)
+
+
+def ratio(label: str, first: list[float], second: list[float]) -> Estimate:
+    """First over second, round by round: whatever slows the machine slows both."""
+    ratios = [x / y for x, y in zip(first, second, strict=True)]
+    value, low, high = of_mean(ratios)
+    return Estimate(label, value, low, high, n=f"{len(ratios)} rounds")
+
+
+def efficiency(row: dict, contestant: str) -> Estimate:
+    """Images/s of two processes over twice those of one; 1 is ideal.
+
+    `row` is one of benchmark.py's scaling, the contestant "apart" or "ddp".
+    """
+    twice = [2 * speed for speed in row["one"]]
+    return ratio(row["precision"], row[contestant], twice)
+
+
+# -- 2. A claim and its verdict ------------------------------------------------------
+
+
+def judge(estimate: Estimate, at_least: float, at_most: float) -> str:
+    """What one estimate says about a claim: "agree", "disagree" or "undecided"."""
+    for bound in (at_least, at_most):
+        if estimate.low <= bound <= estimate.high:
+            return "undecided"
+    if at_least < estimate.value < at_most:
+        return "agree"
+    return "disagree"
+
+
+class Claim(NamedTuple):
+    """What the report says, what was measured for it, and the bounds that it must keep.
+
+    `form` and `unit` say how tables.py writes the figures: "+.2f" and " points" write
+    "+0.46 points".
+    """
+
+    report_says: str
+    metric: str
+    estimates: list[Estimate]
+    at_least: float
+    at_most: float
+    form: str
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        """Of all estimates together: one "disagree" is enough, "agree" needs all."""
+        found = [judge(e, self.at_least, self.at_most) for e in self.estimates]
+        for word in ("disagree", "undecided", "agree"):
+            if word in found:
+                return word
+        return "not measured"
+
+    @property
+    def deciding(self) -> Estimate | None:
+        """The first estimate that has the claim's verdict on its own."""
+        for estimate in self.estimates:
+            if judge(estimate, self.at_least, self.at_most) == self.verdict:
+                return estimate
+        return None
+
+
+# -- 3. The nine claims --------------------------------------------------------------
+
+
+def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
+    """The nine claims, in the report's order, with what we measured.
+
+    `kept` holds the runs in this folder as {name: row}. A row (evaluate.make_rows) has
+    the runs that differ only in their seed. `scaling` holds the rows of benchmark.py's
+    part "scaling": images/s, round by round.
+    """
+    return [
+        Claim(
+            "AlexCapsNet converges faster",
+            "validation after epoch 1, AlexCapsNet's - ResCapsNet's",
+            gaps_after_epoch_1(kept),
+            at_least=0.0,
+            at_most=math.inf,
+            form="+.2f",
+            unit=" points",
+        ),
+        Claim(
+            "ResCapsNet ends slightly more accurate",
+            "test, ResCapsNet's - AlexCapsNet's",
+            gaps_at_the_end(kept),
+            at_least=0.1,
+            at_most=2.0,
+            form="+.2f",
+            unit=" points",
+        ),
+        Claim(
+            "AlexCapsNet: tens of millions of weights",
+            "parameters in the report's code",
+            [exact("its code", 2_683_840)],
+            at_least=10_000_000,
+            at_most=100_000_000,
+            form=",.0f",
+            unit="",
+        ),
+        Claim(
+            "ResCapsNet: a few million weights",
+            "parameters in the report's code",
+            [exact("its code", 2_022_272)],
+            at_least=1_000_000,
+            at_most=10_000_000,
+            form=",.0f",
+            unit="",
+        ),
+        Claim(
+            "AlexCapsNet is about 2x slower per epoch",
+            "time an image, AlexCapsNet's / ResCapsNet's",
+            time_ratios(scaling, "alexcaps", "rescaps"),
+            at_least=1.5,
+            at_most=2.5,
+            form=".2f",
+            unit="x ResCapsNet's",
+        ),
+        Claim(
+            "DDP helps AlexCapsNet significantly",
+            "speed-up / processes, in bf16, a CPU core each",
+            ddp_efficiency(scaling, "alexcaps"),
+            at_least=0.75,
+            at_most=math.inf,
+            form=".2f",
+            unit=" of ideal",
+        ),
+        Claim(
+            "DDP helps ResCapsNet moderately",
+            "speed-up / processes, in bf16, a CPU core each",
+            ddp_efficiency(scaling, "rescaps"),
+            at_least=0.55,
+            at_most=0.75,
+            form=".2f",
+            unit=" of ideal",
+        ),
+        Claim(
+            "both do well under DDP",
+            "test, two processes' - one's",
+            gaps_under_ddp(kept),
+            at_least=-0.3,
+            at_most=math.inf,
+            form="+.2f",
+            unit=" points",
+        ),
+        Claim(
+            "ResCapsNet suits scarce resources",
+            "its FLOPs and times / AlexCapsNet's",
+            cost_ratios(kept, scaling),
+            at_least=0.0,
+            at_most=1.0,
+            form=".2f",
+            unit="x AlexCapsNet's",
+        ),
+    ]
+
+
+# -- 4. What was measured for each of them -------------------------------------------
+
+
+def same_settings(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
+    """Whether both rows were measured, with equal settings of these names."""
+    if a is None or b is None:
+        return False
+    return all(a[name] == b[name] for name in names)
+
+
+def network_pairs(kept: dict[str, dict], names: tuple[str, ...]) -> list[tuple]:
+    """(setup, AlexCapsNet's row, ResCapsNet's row) for each setup of both networks.
+
+    Only if they were trained with equal settings of these names. A setup is a script on
+    a device: "single", "single-cuda", "ddp", "ddp-cuda". No run on the CPU is compared
+    with one on a GPU.
+    """
+    pairs = []
+    for script in SCRIPTS:
+        for device in DEVICES:
+            setup = script + device
+            alex = kept.get(f"alexcaps-{setup}")
+            res = kept.get(f"rescaps-{setup}")
+            if same_settings(names, alex, res):
+                pairs.append((setup, alex, res))
+    return pairs
+
+
+def gaps_after_epoch_1(kept: dict[str, dict]) -> list[Estimate]:
+    """Validation accuracy after one epoch, AlexCapsNet's minus ResCapsNet's."""
+    gaps = []
+    names = ("train_images", "world_size", "batch_size", "precision")
+    for setup, alex, res in network_pairs(kept, names):
+        first = [run["history"][0]["val_accuracy"] for run in alex["runs"]]
+        second = [run["history"][0]["val_accuracy"] for run in res["runs"]]
+        gaps.append(accuracy_difference(setup, first, second, VALIDATION_IMAGES))
+    return gaps
+
+
+def gaps_at_the_end(kept: dict[str, dict]) -> list[Estimate]:
+    """Test accuracy after equally many epochs, ResCapsNet's minus AlexCapsNet's."""
+    gaps = []
+    names = ("train_images", "world_size", "batch_size", "precision", "epochs")
+    for setup, alex, res in network_pairs(kept, names):
+        first = res["values"]["accuracy"]
+        second = alex["values"]["accuracy"]
+        gaps.append(accuracy_difference(setup, first, second, TEST_IMAGES))
+    return gaps
+
+
+def find_speeds(scaling: list[dict], network: str, precision: str) -> dict | None:
+    """benchmark.py's row for this network and precision; None if there is none."""
+    for row in scaling:
+        if row["network"] == network and row["precision"] == precision:
+            return row
+    return None
+
+
+def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
+    """Time per image, the first network's over the second's.
+
+    Once in float32 with one process, and once in bfloat16 with two under DDP.
+    """
+    ways = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
+    ratios = []
+    for label, precision, contestant in ways:
+        row_1 = find_speeds(scaling, first, precision)
+        row_2 = find_speeds(scaling, second, precision)
+        if row_1 and row_2:
+            # benchmark.py measures images/s. The time per image is 1 / speed, so the
+            # ratio of the times is the ratio of the speeds, upside down.
+            ratios.append(ratio(label, row_2[contestant], row_1[contestant]))
+    return ratios
+
+
+def ddp_efficiency(scaling: list[dict], network: str) -> list[Estimate]:
+    """In bfloat16, since the report's DDP runs are in half precision, too."""
+    row = find_speeds(scaling, network, "bf16")
+    return [efficiency(row, "ddp")] if row else []
+
+
+def gaps_under_ddp(kept: dict[str, dict]) -> list[Estimate]:
+    """Test accuracy of train_ddp.py's two processes minus train_single.py's one.
+
+    They also differ in batch and precision. The claim is about both networks: unless
+    both were measured, the list is empty.
+    """
+    gaps = []
+    measured = set()
+    for network in NETWORKS:
+        for device in DEVICES:
+            one = kept.get(f"{network}-single{device}")
+            two = kept.get(f"{network}-ddp{device}")
+            if same_settings(("train_images", "epochs"), one, two):
+                label = network.removesuffix("caps") + device
+                first = two["values"]["accuracy"]
+                second = one["values"]["accuracy"]
+                gaps.append(accuracy_difference(label, first, second, TEST_IMAGES))
+                measured.add(network)
+    return gaps if len(measured) == len(NETWORKS) else []
+
+
+def cost_ratios(kept: dict[str, dict], scaling: list[dict]) -> list[Estimate]:
+    """FLOPs and times per image, ResCapsNet's over AlexCapsNet's."""
+    ratios = []
+    pairs = network_pairs(kept, names=())
+    if pairs:
+        _, alex, res = pairs[0]  # the networks are the same in every setup
+        flops = res["flops_per_image"] / alex["flops_per_image"]
+        ratios.append(exact("FLOPs", flops))
+    for estimate in time_ratios(scaling, "rescaps", "alexcaps"):
+        label = f"{estimate.label}, time"
+        ratios.append(estimate._replace(label=label))
+    return ratios
