@@ -9,8 +9,14 @@ Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
 evaluate.py. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes. Its
 validation accuracy is 98.5 % after the first epoch and 99.6 % after nine.
 
-Read it downwards: 1. one epoch and validation, the lesson; 2. a run, and what is saved
-of it; 3. the command line; 4. main. Part 5 holds tools that the other scripts share.
+Read it downwards:
+
+    1. one epoch, and validation: the lesson
+    2. a run, and what is saved of it
+    3. the command line
+    4. main
+    5. tools that the other scripts share: look them up when you meet them
+
 Then open train_ddp.py beside it.
 """
 
@@ -113,7 +119,10 @@ def progress(loader: DataLoader, title: str, hidden: bool = False) -> tqdm:
 
 
 def show(bar: tqdm, sums: Tensor) -> None:
-    """Show the means so far. UserError if the loss is no longer a finite number."""
+    """Show the means so far. UserError if the loss is no longer a finite number.
+
+    The means are over all images of the epoch so far, not over the last batch alone.
+    """
     loss, hits, images = read_sums(sums)
     bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
 
@@ -129,7 +138,10 @@ def read_sums(sums: Tensor) -> list[float]:
 
 # -- 2. A run, and what is saved of it ---------------------------------------------
 
+# The parts of a Run with a state_dict. Settings and history are saved beside them.
 SAVED = ("model", "optimizer", "scheduler", "scaler")
+# last.pt is the run after its last epoch, best.pt after its best one. The others are for
+# people; evaluate.py writes report.json.
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
 
 
@@ -161,8 +173,11 @@ class Run:
             # dynamic=False: one program for each batch size (32, the short last batch,
             # validation) instead of one slower program for all of them
             self.model.compile(dynamic=False)
-        # fused: one kernel updates all weights
+        # Adam divides each weight's step by the size of its recent gradients, so one
+        # learning rate suits all layers. fused: one kernel updates all weights.
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
+        # Large steps first, small ones at the end: after 20 epochs the learning rate is
+        # 0.7^10 = 0.028 of what it was.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.7)
         # For train_ddp.py. In any precision but float16 it does nothing.
         float16 = config["precision"] == "fp16"
@@ -223,8 +238,9 @@ class Run:
         best.pt comes before last.pt: after a stop between the two, the epoch is
         repeated and ends the same.
         """
-        self.lock.check()
-        # Tensors and plain Python types: torch.load(weights_only=True) takes no others
+        self.lock.check()  # or we would write into somebody else's run
+        # Only tensors and plain Python types: load_checkpoint accepts nothing else.
+        # The checkpoint is made in memory first, so both files get the same bytes.
         state = {name: getattr(self, name).state_dict() for name in SAVED}
         state["config"] = self.config
         state["history"] = self.history
@@ -252,7 +268,7 @@ class Run:
 
 # -- 3. The command line -----------------------------------------------------------
 
-# Every setting of a run, with its default
+# Every setting of a run, with its default. config.json lists the same names.
 # fmt: off
 DEFAULTS = {
     "model": None, "routing_iterations": 3, "reconstruction": 0.0,
@@ -320,7 +336,11 @@ def read_command(given: dict, fixed: dict) -> tuple[dict, Path]:
 
 
 def new_settings(given: dict, fixed: dict) -> dict:
-    """The settings of a new run. MNIST may be downloaded here."""
+    """The settings of a new run: the defaults, but for what was given.
+
+    Afterwards the dataset and the device are known by name, so a resumed run takes the
+    same ones. MNIST may be downloaded here.
+    """
     config = DEFAULTS | only_settings(given) | fixed
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
@@ -339,7 +359,11 @@ def new_settings(given: dict, fixed: dict) -> dict:
 
 
 def resumed_settings(given: dict, fixed: dict) -> dict:
-    """The settings that a run began with, but for the few that may change."""
+    """The settings that a run began with, but for the few that may change.
+
+    UserError if it is a run of the other script, or of another number of processes:
+    its steps would not be the same.
+    """
     others = [name for name in given if name not in MAY_CHANGE]
     refuse_flags(given, others, "--resume", "a run keeps the settings that it began with")
     folder = Path(given["resume"])
@@ -390,7 +414,11 @@ def run_folder(given: dict, config: dict) -> Path:
 
 
 def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
-    """Training and validation images, on the device."""
+    """Training and validation images, on the device.
+
+    Validation images are neither rotated nor shifted: the network is judged by digits as
+    they were written.
+    """
     network = MODELS[config["model"]]
     images, labels = load(config["dataset"], config["data_dir"], "train")
     size = config["train_size"]  # None: all of them
@@ -528,7 +556,10 @@ class FolderLock:
 def write_file(path: Path, content: bytes) -> None:
     """Write, flush, rename: at any moment `path` has its old or its new content, whole.
 
-    Only one process may write a path at a time. In training, Run.lock ensures that.
+    Writing into the file itself would destroy the old checkpoint before the new one is
+    complete: a full disk or a loss of power in between would cost the run. A rename is
+    one step for the file system. Only one process may write a path at a time; in
+    training, FolderLock ensures that.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -573,7 +604,10 @@ def find_device(name: str | None) -> torch.device:
 
 
 def number_between(kind: type, low: float, high: float):
-    """A type for argparse: an int or a float from low to high."""
+    """A type for argparse: an int or a float from low to high.
+
+    argparse calls the function that is returned with the text of the flag.
+    """
 
     def parse(text: str) -> float:
         with suppress(ValueError):
