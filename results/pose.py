@@ -22,7 +22,7 @@ plain CNN and the pixels are probed in the same way, to compare.
 The measurements go to pose.json. The printed tables and sentences are made from it.
 knobs.png shows what the decoder redraws if the mean capsule of a class is moved along
 what goes with each pose. It is drawn by the decoder with the best validation accuracy.
-One run of AlexCapsNet takes one to two minutes on one CPU core.
+One run of AlexCapsNet takes about a minute on one CPU core.
 """
 
 import argparse

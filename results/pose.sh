@@ -4,7 +4,7 @@
 #
 #     bash results/pose.sh [FLAGS]              FLAGS: for the training, as --data-dir FOLDER
 #
-# Two hours on 2 CPU cores. It may be stopped and started again at any time: what is finished is
+# About an hour on 2 CPU cores. It may be stopped and started again at any time: what is finished is
 # kept, what is not is resumed.
 set -euo pipefail
 rows=("baseline" "decoder --reconstruction 20" "plain")

@@ -97,15 +97,19 @@ def test_the_probe_is_ridge_regression(k):
     for digit in range(10):
         first = (labels == digit) & fit
         second = (labels == digit) & ~fit
-        a, b = x[first].numpy(), x[second].numpy()
+        a = x[first].numpy()
+        b = x[second].numpy()
         if k > 16:
             components = PCA(16, svd_solver="full").fit(a)
-            a, b = components.transform(a), components.transform(b)
-        centre, scale = a.mean(axis=0), a.std(axis=0, ddof=1)
+            a = components.transform(a)
+            b = components.transform(b)
+        centre = a.mean(axis=0)
+        scale = a.std(axis=0, ddof=1)
         model = Ridge(alpha=1.0).fit((a - centre) / scale, y[first].numpy())
         errors.append(y[second].numpy() - model.predict((b - centre) / scale))
         squares.append((y[second] - y[first].mean()).numpy())
-    errors, squares = np.concatenate(errors), np.concatenate(squares)
+    errors = np.concatenate(errors)
+    squares = np.concatenate(squares)
     expected = 1 - (errors**2).sum() / (squares**2).sum()
     assert pose.probe(x, y, labels, fit) == pytest.approx(expected, abs=1e-9)
 
