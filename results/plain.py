@@ -40,10 +40,13 @@ class WithoutCapsules(nn.Module):
         N, I, _ = self.digits.weight.shape  # one matrix for each primary capsule
         self.digits = nn.Linear(N * I, 10)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def hidden(self, images: Tensor) -> Tensor:
+        """The numbers that the linear layer sees: [B, N*I]."""
         x = self.primary.conv(self.features(images))  # -> [B, types*I, H', W']
-        x = x.relu().flatten(1)  # -> [B, N*I], N = H' * W' * types
-        return self.digits(x)  # -> [B, 10]
+        return x.relu().flatten(1)  # -> [B, N*I], N = H' * W' * types
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.digits(self.hidden(images))  # -> [B, 10]
 
     def scores(self, logits: Tensor) -> Tensor:
         return at_least_float32(logits)

@@ -1,0 +1,511 @@
+"""Does a capsule know the pose of its digit? Probe the capsules of trained networks.
+
+    bash results/pose.sh                      train nine networks, then probe them
+    python -m results.pose runs/pose/*        probe runs that have their weights
+    python -m results.pose RUN --digit 4      draw another digit in knobs.png
+
+A capsule's LENGTH says how sure the network is that its digit is there. Its DIRECTION
+should say in which pose. A probe measures that: linear regression predicts the pose
+from the numbers of the true digit's capsule, one probe for each digit class.
+
+    slant    how far a digit leans to the right as it was written, in degrees
+    stroke   how wide its strokes are, in pixels
+    turn     the digits are turned by known angles, uniform in ±30 degrees
+    right    the digits are moved by known distances, uniform in ±3 pixels
+    down     the same, downwards
+
+R² is the share of a pose's variance within a class that the probe predicts: 1 is
+perfect, 0 is no better than the class mean. Half of the 10,000 test digits fit the
+probes, the other half judge them. Only digits that the network recognises count. A
+plain CNN and the pixels are probed in the same way, to compare.
+
+The measurements go to pose.json. The printed tables and sentences are made from it.
+knobs.png shows what the decoder redraws if the mean capsule of a class is moved along
+what goes with each pose. It is drawn by the decoder with the best validation accuracy.
+One run of AlexCapsNet takes about a minute on one CPU core.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+import evaluate
+from alexcaps import AlexCapsNet
+from data import UserError, images_to_input, load
+from results import plain
+from results.tables import of_mean, over_seeds
+from train_single import MODELS, find_device, run_main, write_file
+
+HERE = Path(__file__).parent
+GIVEN = {"turn": 30.0, "right": 3.0, "down": 3.0}  # at most: degrees, pixels
+RIDGE = 1.0  # little beside the 500 digits that fit the probe of a class
+COMPONENTS = 16  # as many as a digit capsule has numbers
+BATCH = 250  # images at a time
+STEPS = 3  # drawn to either side of the mean capsule
+# The poses, and how knobs.png writes their values
+FORMATS = {
+    "slant": "{:+.0f}°",
+    "stroke": "{:.1f} px",
+    "turn": "{:+.0f}°",
+    "right": "{:+.0f} px",
+    "down": "{:+.0f} px",
+}
+# What a probe may see, and how many numbers that is
+CAPSULE = "whole capsule (16)"
+DIRECTION = "direction (16)"
+LENGTH = "length (1)"
+LOGITS = "logits (10)"
+HIDDEN = "hidden layer (16 PCs)"  # principal components
+PIXELS = "pixels (16 PCs)"
+
+# -- 1. Digits whose pose is known ----------------------------------------------------
+
+
+class View(NamedTuple):
+    """The test digits in one version, and what is known of their pose there."""
+
+    name: str
+    poses: dict[str, Tensor]  # by name, each [n]
+    how: dict[str, Tensor]  # how images_to_input moves them: degrees [n] or shifts [n, 2]
+
+    def inputs(self, images: Tensor, chosen: Tensor, model) -> Tensor:
+        """What `model` sees of the chosen images: [B, 1, side, side]."""
+        how = {name: values[chosen] for name, values in self.how.items()}
+        return images_to_input(images[chosen], model, **how)
+
+
+def make_views(images: Tensor) -> list[View]:
+    """The three versions of uint8 images [n, 28, 28]; the same ones in every call."""
+    generator = torch.Generator().manual_seed(1)
+    uniform = 2 * torch.rand(3, len(images), generator=generator) - 1
+    turn = GIVEN["turn"] * uniform[0]
+    right = GIVEN["right"] * uniform[1]
+    down = GIVEN["down"] * uniform[2]
+    shifts = torch.stack([right, down], dim=1)
+    written = {"slant": slant(images), "stroke": stroke_width(images)}
+    return [
+        View("as written", written, {}),
+        View("turned", {"turn": turn}, {"degrees": turn}),
+        View("shifted", {"right": right, "down": down}, {"shifts": shifts}),
+    ]
+
+
+def slant(images: Tensor) -> Tensor:
+    """How far digits [n, 28, 28] lean to the right, in degrees: [n].
+
+    By moments of the ink: regression of x on y says how far the digit is sheared.
+    """
+    ink = images.double()
+    ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    total = ink.sum(dim=(1, 2), keepdim=True)
+    dx = xs - (ink * xs).sum(dim=(1, 2), keepdim=True) / total  # from the centre of mass
+    dy = ys - (ink * ys).sum(dim=(1, 2), keepdim=True) / total
+    shear = (ink * dx * dy).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2))
+    return -torch.rad2deg(shear.atan())  # y points down
+
+
+def stroke_width(images: Tensor) -> Tensor:
+    """How wide the strokes of digits [n, 28, 28] are, in pixels: [n].
+
+    A stroke of length L and width w has an area of L w and a perimeter of 2 L, so w is
+    2 area / perimeter. The perimeter is the sum of the gradient's magnitude: on a way
+    across the edge, the brightness rises from 0 to 1. Below 2 pixels the result is too
+    large, since a stroke then has no pixel that is all ink.
+    """
+    ink = nn.functional.pad(images.double() / 255, (1, 1, 1, 1))
+    # Both diagonals of each 2x2 pixels. Differences to the right and down would measure
+    # strokes that lean to the left 10 % thinner than their mirror images.
+    falling = ink[:, 1:, 1:] - ink[:, :-1, :-1]
+    rising = ink[:, :-1, 1:] - ink[:, 1:, :-1]
+    gradient = torch.hypot(falling, rising) / math.sqrt(2)  # a diagonal has length √2
+    return 2 * ink.sum(dim=(1, 2)) / gradient.sum(dim=(1, 2))
+
+
+# -- 2. The probe ---------------------------------------------------------------------
+
+
+def probe(features: Tensor, values: Tensor, labels: Tensor, fit: Tensor) -> float:
+    """R² of a pose's values [n], predicted class by class from features [n, k].
+
+    The digits whose fit [n] is True fit the probes, the others judge them. The squares
+    of all classes are added up.
+    """
+    errors = 0.0
+    squares = 0.0
+    for digit in labels.unique():
+        own = labels == digit
+        half = fit[own]
+        x = standardise(features[own].double(), half)
+        y = values[own].double()
+        y = y - y[half].mean()
+        weights = ridge_regression(x[half], y[half])
+        errors += (y[~half] - x[~half] @ weights).square().sum().item()
+        squares += y[~half].square().sum().item()
+    return 1 - errors / squares
+
+
+def standardise(x: Tensor, half: Tensor) -> Tensor:
+    """Features [n, k] with mean 0 and standard deviation 1 in the rows of `half`.
+
+    More than COMPONENTS features become their first principal components there.
+    """
+    x = x - x[half].mean(dim=0)
+    if x.shape[1] > COMPONENTS:
+        axes = torch.linalg.svd(x[half], full_matrices=False).Vh  # a row is an axis
+        x = x @ axes[:COMPONENTS].T  # [n, k] -> [n, COMPONENTS]
+    return x / (x[half].std(dim=0) + 1e-12)  # a feature may be constant
+
+
+def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
+    """The weights [k] that predict y [n] from x [n, k], both of mean 0."""
+    #   w = (x^T x + RIDGE I)^-1 x^T y
+    penalty = RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
+
+
+# -- 3. One network -------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tensor]:
+    """What a probe may see, {name: [n, k]}, and which digits are recognised: [n].
+
+    Without a model (None) a probe may see the pixels, and all digits are recognised.
+    """
+    everything = torch.arange(len(labels))
+    if model is None:
+        pixels = view.inputs(images, everything, AlexCapsNet).flatten(1)
+        return {PIXELS: pixels}, torch.ones(len(labels), dtype=torch.bool)
+    device = next(model.parameters()).device
+    features = defaultdict(list)
+    recognised = []
+    for chosen in everything.split(BATCH):
+        x = view.inputs(images, chosen, model).to(device)
+        true = labels[chosen]
+        if isinstance(model, plain.WithoutCapsules):
+            hidden = model.hidden(x)
+            scores = model.scores(model.digits(hidden)).cpu()
+            features[LOGITS].append(scores)
+            features[HIDDEN].append(hidden.cpu())
+        else:
+            capsules = model(x)  # [B, J, D]
+            scores = model.scores(capsules).cpu()
+            rows = torch.arange(len(true))
+            capsule = capsules.cpu()[rows, true]  # [B, J, D] -> [B, D]
+            length = scores[rows, true].unsqueeze(1)  # [B, J] -> [B, 1]
+            features[LENGTH].append(length)
+            features[DIRECTION].append(capsule / length)
+            features[CAPSULE].append(capsule)
+        recognised.append(scores.argmax(dim=1) == true)
+    features = {name: torch.cat(parts) for name, parts in features.items()}
+    return features, torch.cat(recognised)
+
+
+def measure(title, model, images: Tensor, labels: Tensor) -> dict:
+    """Accuracy in percent and digits used by view, R² by feature and pose.
+
+    UserError, with the title, if the network hardly recognises a class.
+    """
+    # MNIST's test digits do not lie in random order, so the halves are drawn. They are
+    # the same for all networks.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    fit = torch.zeros(len(labels), dtype=torch.bool)
+    fit[order[: len(labels) // 2]] = True
+    found = {"accuracy": {}, "digits": {}, "r2": defaultdict(dict)}
+    for view in make_views(images):
+        features, used = look(model, images, labels, view)
+        if labels[used].bincount(minlength=10).min() < 2 * COMPONENTS:
+            hint = "train it for longer"
+            raise UserError(f"{title} recognises too few digits of a class: {hint}")
+        if model is not None:
+            found["accuracy"][view.name] = round(100 * used.double().mean().item(), 2)
+        found["digits"][view.name] = int(used.sum())
+        for feature, x in features.items():
+            for name, values in view.poses.items():
+                r2 = probe(x[used], values[used], labels[used], fit[used])
+                found["r2"][feature][name] = round(r2, 4)
+    return found
+
+
+def identify(run: dict) -> dict:
+    """Which network this is. Those with the same "training" can be compared."""
+    model = run["network"]
+    part = "capsules" if model.decoder is None else "capsules and decoder"
+    if isinstance(model, plain.WithoutCapsules):
+        part = "plain CNN"
+    words = evaluate.describe(run).split(", ")
+    kept = [word for word in words[1:] if not word.startswith("reconstruction")]
+    base = run["config"]["model"].removeprefix("plain-")
+    training = ", ".join([base, *kept])
+    seed = run["config"]["seed"]
+    return {"network": ", ".join(words), "part": part, "training": training, "seed": seed}
+
+
+# -- 4. Seeds together ----------------------------------------------------------------
+
+
+def pool(measured: list[dict]) -> list[dict]:
+    """Runs -> one entry for all runs that differ only by their seed.
+
+    In place of each R² an entry has a summary of all seeds.
+    """
+    groups = defaultdict(list)
+    for found in measured:
+        groups[found["network"]].append(found)
+    entries = []
+    for group in groups.values():
+        entry = {name: group[0][name] for name in ("network", "part", "training")}
+        for name in ("seed", "accuracy", "digits"):
+            entry[name] = [found[name] for found in group]
+        entry["r2"] = defaultdict(dict)
+        for feature in group[0]["r2"]:
+            for name in FORMATS:
+                values = [found["r2"][feature][name] for found in group]
+                entry["r2"][feature][name] = summary(values)
+        entries.append(entry)
+    return entries
+
+
+def summary(values: list[float]) -> dict:
+    """The values of all seeds, their mean, and its 95 % interval: None for one seed."""
+    interval = None
+    if len(values) > 1:
+        _, low, high = of_mean(values)
+        interval = [round(low, 4), round(high, 4)]
+    return {"values": values, "n": len(values), "mean": mean(values), "interval": interval}
+
+
+def difference(first: dict, second: dict) -> dict:
+    """Of two summaries: the first mean minus the second, and its 95 % interval."""
+    gap = first["mean"] - second["mean"]
+    interval = None
+    if first["n"] + second["n"] > 2:
+        _, low, high = over_seeds(first["values"], second["values"])
+        interval = [low, high]
+    return {"mean": gap, "interval": interval}
+
+
+def trained_alike(pose: dict) -> dict:
+    """The networks that were trained alike, {part: entry}, and the pixels.
+
+    Only these can be compared. If there are several such groups, it is the largest.
+    """
+    groups = defaultdict(dict)
+    for entry in pose["networks"]:
+        groups[entry["training"]].setdefault(entry["part"], entry)
+    pixels = groups.pop("")
+    return max(groups.values(), key=len) | pixels
+
+
+def differences(pose: dict) -> dict:
+    """Differences between networks that were trained alike: {title: {pose: difference}}."""
+    entries = trained_alike(pose)
+    found = {}
+    for part, other, feature in (
+        ("capsules", "plain CNN", LOGITS),
+        ("capsules and decoder", "plain CNN", LOGITS),
+        ("capsules and decoder", "plain CNN", HIDDEN),
+        ("capsules and decoder", "capsules", DIRECTION),
+    ):
+        if part in entries and other in entries:
+            first = entries[part]["r2"][DIRECTION]
+            second = entries[other]["r2"][feature]
+            title = f"{part}: {DIRECTION}, minus {other}: {feature}"
+            found[title] = {name: difference(first[name], second[name]) for name in FORMATS}
+    return found
+
+
+# -- 5. Tables and sentences, made from pose.json -------------------------------------
+
+
+def written(found: dict, form: str) -> str:
+    """A mean and its interval: 0.46 (0.41 to 0.50)."""
+    text = f"{found['mean']:{form}}"
+    if found["interval"]:
+        low, high = found["interval"]
+        text += f" ({low:{form}} to {high:{form}})"
+    return text
+
+
+def pose_table(pose: dict) -> str:
+    """R² of every network, feature and pose, with 95 % intervals, in Markdown."""
+    lines = []
+    for entry in pose["networks"]:
+        for feature, r2 in entry["r2"].items():
+            cells = [written(r2[name], ".2f") for name in FORMATS]
+            lines.append([entry["network"], str(len(entry["seed"])), feature, *cells])
+    return evaluate.markdown_table(["network", "n", "the probe sees", *FORMATS], lines)
+
+
+def short_table(pose: dict) -> str:
+    """The mean R² of networks that were trained alike, and of the pixels, in Markdown."""
+    lines = []
+    for part, entry in trained_alike(pose).items():
+        for feature, r2 in entry["r2"].items():
+            cells = [f"{r2[name]['mean']:.2f}" for name in FORMATS]
+            lines.append([part, feature, *cells])
+    return evaluate.markdown_table(["network", "the probe sees", *FORMATS], lines)
+
+
+def difference_table(pose: dict) -> str:
+    """The differences of R², with 95 % intervals over seeds, in Markdown."""
+    lines = []
+    for title, found in differences(pose).items():
+        lines.append([title, *(written(found[name], "+.2f") for name in FORMATS)])
+    return evaluate.markdown_table(["difference of R²", *FORMATS], lines)
+
+
+def finding(pose: dict) -> str:
+    """What the measurements say, in words."""
+    lines = []
+    for part, entry in trained_alike(pose).items():
+        for feature, r2 in entry["r2"].items():
+            means = {name: r2[name]["mean"] for name in FORMATS}
+            least = min(means, key=means.get)
+            most = max(means, key=means.get)
+            span = f"{means[least]:.2f} ({least}) to {means[most]:.2f} ({most})"
+            lines.append(f"{part}: from the {feature}, R² is {span}.")
+    for title, found in differences(pose).items():
+        intervals = {name: gap["interval"] for name, gap in found.items() if gap["interval"]}
+        more = [name for name, (low, _) in intervals.items() if low > 0]
+        less = [name for name, (_, high) in intervals.items() if high < 0]
+        text = f"more in {', '.join(more) or 'nothing'}, less in {', '.join(less) or 'nothing'}"
+        if intervals:
+            lines.append(f"{title}: {text}, else undecided.")
+    return "\n".join(lines)
+
+
+# -- 6. The picture -------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def turn_knobs(model, images: Tensor, digit: int) -> dict:
+    """Move the mean capsule of a class along what goes with each pose, and redraw it.
+
+    Images uint8 [n, 28, 28], all of class `digit` -> {pose: (values [7], pictures
+    [7, 28, 28] in 0..1)}.
+    """
+    labels = torch.full([len(images)], digit)
+    drawn = {}
+    for view in make_views(images):
+        features, used = look(model, images, labels, view)
+        capsules = features[CAPSULE][used]  # [n, D]
+        poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
+        if view.name == "as written":
+            centre = capsules.mean(dim=0)
+        # Regression of the capsule on all poses of the view at once: a slope says how
+        # the capsule changes with one pose if the other stays the same.
+        x = poses - poses.mean(dim=0)
+        y = capsules - capsules.mean(dim=0)
+        slopes = torch.linalg.lstsq(x, y).solution  # [p, D]
+        for name, column, slope in zip(view.poses, poses.T, slopes, strict=True):
+            values = knob_values(name, column)
+            moves = values - values[STEPS]  # from the middle
+            moved = centre + moves.unsqueeze(1) * slope  # [7, D]
+            drawn[name] = (values, redraw(model, moved, digit))
+    return drawn
+
+
+def knob_values(name: str, found: Tensor) -> Tensor:
+    """Seven values of a pose to draw, in equal steps, if the digits have `found` [n]."""
+    steps = torch.arange(-STEPS, STEPS + 1) / STEPS  # -1..1
+    if name in GIVEN:
+        return GIVEN[name] * steps
+    return found.mean() + 2 * found.std() * steps
+
+
+def redraw(model, capsules: Tensor, digit: int) -> Tensor:
+    """What the decoder draws from capsules [n, D] of a class: [n, 28, 28] in 0..1."""
+    device = next(model.parameters()).device
+    digits = torch.full([len(capsules)], digit)
+    all_capsules = torch.zeros(len(capsules), 10, capsules.shape[1])  # [n, J, D]
+    all_capsules[:, digit] = capsules
+    pictures = model.decoder(all_capsules.to(device), digits.to(device))
+    return pictures.squeeze(1).cpu()
+
+
+def draw_knobs(drawn: dict, title: str, file: Path) -> None:
+    """One row for each pose, its values above the pictures; framed: the mean capsule."""
+    figure, axes = plt.subplots(len(FORMATS), 2 * STEPS + 1, figsize=(14, 12))
+    for row, (name, form) in zip(axes, FORMATS.items(), strict=True):
+        values, pictures = drawn[name]
+        row[0].set_ylabel(name, fontsize=24)
+        for axis, value, picture in zip(row, values, pictures, strict=True):
+            axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(form.format(value), fontsize=20)
+        row[STEPS].spines[:].set(color=evaluate.BLUE, linewidth=5)
+    evaluate.save(figure, title, file)
+
+
+# -- 7. Main --------------------------------------------------------------------------
+
+
+def read_runs(folders: list[Path]) -> list[dict]:
+    """The runs, checked before anything is computed. UserError if one cannot be probed."""
+    runs = [evaluate.read_run(folder) for folder in folders]
+    seen = set()
+    for run in runs:
+        folder = run["folder"]
+        if not (folder / "best.pt").exists():
+            raise UserError(f"{folder} has no best.pt: only weights can be probed")
+        if run["config"]["dataset"] != "mnist":
+            raise UserError(f"{folder} is not of MNIST: train with --dataset mnist")
+        name = (evaluate.describe(run), run["config"]["seed"])
+        if name in seen:
+            hint = "leave one out"
+            raise UserError(f"{folder} has settings and seed of another run: {hint}")
+        seen.add(name)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with best.pt")
+    flag("--digit", type=int, choices=range(10), default=4, help="the one in knobs.png")
+    flag("--data-dir", metavar="DIR", help="holds MNIST/raw; else as in training")
+    flag("--out", type=Path, default=HERE, metavar="DIR", help="where to write")
+    args = parser.parse_args()
+    MODELS.update(plain.NETWORKS)
+    runs = read_runs(args.runs)
+    data_dir = args.data_dir or runs[0]["config"]["data_dir"]
+    images, labels = load("mnist", data_dir, "test")
+    for run in runs:
+        run["network"] = evaluate.load_network(run, find_device(None))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    pixels = {"network": "no network", "part": "no network", "training": "", "seed": None}
+    measured = [pixels | measure("the pixels", None, images, labels)]
+    for run in runs:
+        found = measure(run["folder"], run["network"], images, labels)
+        print(f"{run['folder']}: accuracy in % {found['accuracy']}", flush=True)
+        measured.append(identify(run) | found)
+    pose = {"test_images": len(labels), "ridge": RIDGE, "networks": pool(measured)}
+    write_file(args.out / "pose.json", f"{json.dumps(pose, indent=1)}\n".encode())
+    print(f"\n{pose_table(pose)}\n{difference_table(pose)}\n{finding(pose)}\n")
+
+    decoders = [run for run in runs if run["network"].decoder is not None]
+    if decoders:
+        best = max(decoders, key=lambda run: run["best"]["val_accuracy"])
+        drawn = turn_knobs(best["network"], images[labels == args.digit], args.digit)
+        title = f"the mean capsule of a {args.digit}, moved along each pose and redrawn"
+        title = f"{evaluate.describe(best)}\n{title}"
+        draw_knobs(drawn, title, args.out / "knobs.png")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
