@@ -41,7 +41,7 @@ import evaluate
 from alexcaps import AlexCapsNet
 from data import UserError, images_to_input, load
 from results import plain
-from results.tables import of_mean, over_seeds
+from results.claims import of_mean, over_seeds
 from train_single import MODELS, find_device, run_main, write_file
 
 HERE = Path(__file__).parent
