@@ -640,7 +640,7 @@ DAMAGE = [
     (lambda run: (run / "last.pt").unlink(), "there is no run in"),
     (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
     (lambda run: flip_a_bit(run / "last.pt"), "last.pt is damaged"),
-    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or not"),
+    (lambda run: torch.save({"a": 1}, run / "last.pt"), "last.pt is damaged, or it is not"),
     (lambda run: torch.save(Evil(), run / "last.pt"), "last.pt is damaged"),
     (other_layers, "not a checkpoint of this network"),
 ]
@@ -851,7 +851,7 @@ class Terminal(io.StringIO):
 def test_the_bar_moves_with_every_step_and_looks_are_rare(monkeypatch):
     """6 steps of training and one of validation, on a terminal; a look at each 4th step and
     at the last one."""
-    monkeypatch.setattr(train_single, "LOOK_EVERY", 4)
+    monkeypatch.setattr(train_single, "SHOW_EVERY", 4)
     monkeypatch.setattr(train_single, "tqdm", functools.partial(train_single.tqdm, mininterval=0))
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(train_single, "show", show := mock.Mock(wraps=train_single.show))

@@ -10,13 +10,14 @@ On 2 CPU cores with bfloat16, 20 epochs of AlexCapsNet take 70 s each. The test 
 is 99.6 %. Open train_single.py beside it: the loop is the same, and what does not change
 is imported. What distribution or mixed precision adds is marked with one of two words:
 
-    DDP:    the process group: how the ranks (processes 0, 1, ...) meet
-            a device, and on the CPU threads, for each rank
-            rank 0 decides, writes and prints; the other ranks are told
-            each rank's part of the images, in training and in validation
-            gradients averaged over ranks, once for each accumulation group
-            losses and hits summed over ranks; rank 0's BatchNorm statistics
-    AMP:    autocast around the network; in float16 also GradScaler around the step
+    DDP:  - The ranks (processes 0, 1, ...) join one process group.
+          - Each rank gets a device of its own, or its part of the CPU's threads.
+          - Rank 0 decides, writes and prints. The other ranks receive its decisions.
+          - Each rank trains on, and validates, its own part of the images.
+          - Gradients are averaged over ranks, once per optimizer step.
+          - Losses and hits are summed over ranks. BatchNorm's statistics are rank 0's.
+    AMP:  - autocast surrounds the network and its loss.
+          - In float16, GradScaler surrounds the optimizer's step.
 """
 
 import json
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import train_single
 from data import DigitBatches, UserError, as_batch, epoch_seed
-from train_single import LOOK_EVERY, Run, progress, show, tally
+from train_single import SHOW_EVERY, Run, progress, show, tally
 
 # DDP: torchrun tells each process who it is. RANK alone, without the other variables, is
 # left over from something else.
@@ -49,72 +50,83 @@ RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all: 0 decides, writes, 
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
-# DDP: a rank leaves without Python's shutdown, during which a gloo thread that still frees
-# a tensor would abort the process.
+# DDP: a rank exits with os._exit. During Python's normal shutdown a gloo thread may still be
+# freeing a tensor, which would abort the process.
 leave = os._exit if LAUNCHED else sys.exit
 
 TIMEOUT = timedelta(minutes=10)  # DDP: a rank waits this long for another one
 
-# AMP: the type in which convolutions and matrix products are computed. float16 has 5 bits of exponent: small
-# gradients vanish unless the loss is scaled up. bfloat16 has 8 bits, as float32 has.
+# AMP: the type in which convolutions and matrix products are computed. float16 has 5 bits of
+# exponent: small gradients vanish unless the loss is scaled up. bfloat16 has 8 bits, like
+# float32.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # -- One epoch, and validation -----------------------------------------------------
 
 
 def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatches) -> Tensor:
-    """This rank's part of an epoch -> sums over all ranks.
+    """Train for one epoch on this rank's part of the images. Returns the sums over all ranks.
 
-    All ranks take the same optimizer steps, since they have the same gradients.
+    All ranks take the same optimizer steps, because they have the same gradients.
     """
     config = run.config
     epoch = len(run.history) + 1
     dataset.set_epoch(config["seed"], epoch)
-    # DDP: the permutation of train_single.py; rank r takes its places r, r + WORLD_SIZE, ...
-    # The sampler adds the epoch to the seed itself, as epoch_seed does. If the ranks do not
-    # divide the number of images, it repeats the first few: all ranks take as many steps.
+    # DDP: the sampler shuffles with seed + epoch, which equals epoch_seed(seed, epoch), so the
+    # order is that of train_single.py. Rank r takes positions r, r + WORLD_SIZE, ... If the
+    # number of images is not divisible by WORLD_SIZE, the sampler repeats the first few, so
+    # that every rank takes the same number of steps.
     sampler = DistributedSampler(dataset, WORLD_SIZE, RANK, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    accumulate = config["accumulation_steps"]  # batches in a group: one optimizer step
+    # An accumulation group is the batches of one optimizer step.
+    accumulate = config["accumulation_steps"]  # batches in a group
     group_images = accumulate * config["batch_size"]  # images in a group, on this rank
+    rank_images = len(sampler)  # images in the epoch, on this rank
     device = dataset.labels.device
     dtype = PRECISIONS[config["precision"]]  # AMP:
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP:
     ddp.train()
-    for batch, (images, labels) in enumerate(bar, start=1):
-        last_of_group = batch % accumulate == 0 or batch == len(loader)
+    for batch_number, (images, labels) in enumerate(bar, start=1):
+        last_of_group = batch_number % accumulate == 0 or batch_number == len(loader)
         # DDP: backward averages gradients over ranks. Until the group's last batch that
         # would be wasted work.
-        with nullcontext() if last_of_group else ddp.no_sync():
+        synchronise = nullcontext() if last_of_group else ddp.no_sync()
+        with synchronise:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # AMP:
-                capsules = ddp(images)  # in float32 again: see capsules.py
+                capsules = ddp(images)  # DDP: through ddp, which prepares the averaging
+                # The loss may use run.model: DDP's hooks are on the parameters themselves,
+                # those of the decoder included.
                 loss = run.model.loss(capsules, images, labels)
-            # A batch's loss is the mean over its images. Weighted with the batch's part of
-            # the group's images, the losses add up to the mean over the group. Without the
-            # weight, the gradient would be too large by the number of batches.
-            images_before = (batch - 1) // accumulate * group_images
-            images_in_group = min(group_images, len(sampler) - images_before)
+            # The loss is the mean over one batch. We want the mean over the whole group, so
+            # each batch counts in proportion to its images. Without the weight, the
+            # gradient of a group of k batches would be k times too large.
+            images_in_earlier_groups = (batch_number - 1) // accumulate * group_images
+            images_in_group = min(group_images, rank_images - images_in_earlier_groups)
             weight = len(labels) / images_in_group
             run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
-            run.scaler.step(run.optimizer)  # AMP: unscales; no step if a gradient overflowed
-            run.scaler.update()  # AMP: then halves the scale; doubles it after 2000 good steps
+            run.scaler.step(run.optimizer)  # AMP: unscales; skips the step on inf or nan
+            # AMP: halves the scale after a skipped step, doubles it after 2000 good ones
+            run.scaler.update()
             run.optimizer.zero_grad()
         sums += tally(loss, run.model.scores(capsules), labels)
-        if batch % LOOK_EVERY == 0 or batch == len(loader):
-            show(bar, summed(sums))  # DDP: all ranks look at the same steps, and stop together
-    return summed(sums)  # DDP:
+        if batch_number % SHOW_EVERY == 0 or batch_number == len(loader):
+            show(bar, summed(sums))  # DDP: the same numbers on all ranks, so all stop together
+    return summed(sums)  # DDP: over all ranks
 
 
 def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
-    """train_single.validate, in float32, each image on exactly one rank -> sums over all."""
+    """Call train_single.validate in float32, with each image on exactly one rank.
+
+    Returns the sums over all ranks.
+    """
     # DDP: at the start of each optimizer step, DDP copies rank 0's BatchNorm statistics to
     # all ranks. After the last step they differ again. Rank 0's are the ones that are saved.
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # DDP: no DistributedSampler here: it repeats images, which would then count twice.
+    # DDP: plain indices, because DistributedSampler would count repeated images twice.
     mine = range(RANK, len(dataset), WORLD_SIZE)
     return summed(train_single.validate(model, dataset, mine, hidden=RANK > 0))
 
@@ -130,45 +142,46 @@ def summed(sums: Tensor) -> Tensor:
 
 
 def join() -> dist.Store:
-    """DDP: meet the other ranks -> a store that lives as long as torchrun does.
+    """DDP: join the process group of all ranks. Returns launch_store.
 
-    A store is a dictionary that all ranks share. torchrun's store outlives a restart of the
-    ranks, so it still holds the addresses of dead ranks. The process group gets a new
-    store, which rank 0 serves.
+    A store is a dictionary that all ranks share. There are two. launch_store belongs to
+    torchrun and survives a restart of the ranks, which after_restart needs. group_store is
+    new at every start, because the old one holds the addresses of dead ranks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # NCCL refuses two ranks on one GPU. Ranks that share a GPU communicate through gloo.
+    # Ranks that share a GPU communicate through gloo, because NCCL refuses them.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
     try:
         if LAUNCHED:
-            lasting, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            store = store_of_rank_0(lasting, os.environ["MASTER_ADDR"])
+            launch_store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            group_store = store_of_rank_0(launch_store, os.environ["MASTER_ADDR"])
         else:
-            lasting = store = dist.HashStore()  # one process needs no more
+            launch_store = dist.HashStore()  # one process: a dictionary of its own will do
+            group_store = dist.HashStore()
         dist.init_process_group(
-            backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
+            backend, store=group_store, rank=RANK, world_size=WORLD_SIZE, timeout=TIMEOUT
         )
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"rank {RANK} does not reach the others: {reason}") from None
-    return lasting
+        raise UserError(f"rank {RANK} cannot reach the other ranks: {reason}") from None
+    return launch_store
 
 
-def store_of_rank_0(lasting: dist.Store, host: str) -> dist.Store:
-    """DDP: rank 0 serves a new store and leaves its port in the lasting one.
+def store_of_rank_0(launch_store: dist.Store, host: str) -> dist.Store:
+    """DDP: rank 0 serves a new store and leaves its port in launch_store.
 
-    After a restart the others may find the port of a dead rank 0, where nobody answers.
+    After a restart the other ranks may find the port of a dead rank 0, where nobody answers.
     Then they ask again.
     """
     if RANK == 0:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        lasting.set("port", str(store.port))
+        launch_store.set("port", str(store.port))
         return store
     give_up = time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < give_up:
-        port = int(lasting.get("port"))  # waits until there is one
+        port = int(launch_store.get("port"))  # waits until rank 0 has set it
         with suppress(OSError, dist.DistError):
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, timeout=TIMEOUT)
@@ -177,7 +190,10 @@ def store_of_rank_0(lasting: dist.Store, host: str) -> dist.Store:
 
 
 def together(work):
-    """DDP: work() on every rank -> its result. A mistake that one rank finds ends all."""
+    """DDP: call work() on every rank. Returns its result.
+
+    If one rank finds a mistake, all ranks raise it.
+    """
     result = None
     mistake = None
     try:
@@ -193,18 +209,24 @@ def together(work):
 
 
 def on_rank_0(work):
-    """DDP: work() on rank 0 alone -> its result, on all ranks. A mistake ends all."""
-    result = together(lambda: work() if RANK == 0 else None)
-    told = [result]
-    dist.broadcast_object_list(told)
-    return told[0]
+    """DDP: call work() on rank 0 only. Returns its result, on all ranks.
+
+    If rank 0 finds a mistake, all ranks raise it.
+    """
+
+    def my_part():
+        return work() if RANK == 0 else None
+
+    box = [together(my_part)]
+    dist.broadcast_object_list(box)  # works on a list: rank 0's content replaces the others'
+    return box[0]
 
 
-def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
-    """Rank 0 reads the command -> (flags, settings, run folder), for all ranks."""
-    given = after_restart(given, lasting)
-    script = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder = train_single.read_command(given, script)
+def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
+    """What rank 0 decides for all ranks: the flags, the settings and the run's folder."""
+    given = after_restart(given, launch_store)
+    fixed = {"script": "ddp", "world_size": WORLD_SIZE}
+    config, folder = train_single.read_command(given, fixed)
     if config["device"] not in ("cpu", "cuda"):
         hint = "each rank takes its own; give cpu or cuda"
         raise UserError(f"--device {config['device']}: {hint}")
@@ -213,7 +235,7 @@ def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
         config["precision"] = pick_precision(given.get("precision"), on_cpu)  # AMP:
         config["id"] = secrets.token_hex(8)
         # DDP: before the run is saved for the first time, so that no restart misses it
-        lasting.set("run", json.dumps([config["id"], str(folder)]))
+        launch_store.set("run", json.dumps([config["id"], str(folder)]))
     if on_cpu and config["precision"] == "fp16":
         raise UserError("--precision fp16 needs a GPU; on the CPU take bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
@@ -221,16 +243,16 @@ def plan(given: dict, lasting: dist.Store) -> tuple[dict, dict, Path]:
     return given, config, folder
 
 
-def after_restart(given: dict, lasting: dist.Store) -> dict:
-    """DDP: the flags, or, if torchrun restarted us, those that resume the run begun before.
+def after_restart(given: dict, launch_store: dist.Store) -> dict:
+    """DDP: if torchrun restarted us and our run was saved, resume it: {"resume": folder}.
 
-    The id identifies that run. If the ranks died before it was saved, the folder may still
-    hold a stranger's run, which --overwrite was about to replace.
+    Otherwise the flags stay as given. The folder may still hold an older run, which
+    --overwrite was about to replace when a rank died. The id tells the two runs apart.
     """
-    if "resume" in given or not lasting.check(["run"]):
+    if "resume" in given or not launch_store.check(["run"]):
         return given
-    run_id, folder = json.loads(lasting.get("run"))
-    with suppress(FileNotFoundError, UserError):  # nothing there, or a damaged stranger
+    run_id, folder = json.loads(launch_store.get("run"))
+    with suppress(FileNotFoundError, UserError):  # no checkpoint, or a damaged older one
         checkpoint = train_single.load_checkpoint(Path(folder) / "last.pt")
         if checkpoint["config"].get("id") == run_id:
             return {"resume": folder}
@@ -238,27 +260,31 @@ def after_restart(given: dict, lasting: dist.Store) -> dict:
 
 
 def pick_precision(wanted: str | None, on_cpu: bool) -> str:
-    """AMP: by default float16 on GPUs, and on the CPU bfloat16 if it has instructions for
-    it. A CPU that emulates them is slower than in float32, often ten times."""
+    """AMP: the precision that is wanted, or the default, with the reason printed.
+
+    The default is float16 on GPUs, bfloat16 on CPUs that have instructions for it, and
+    float32 on other CPUs. They emulate bfloat16, which takes about ten times as long.
+    """
     if not on_cpu:
         return wanted or "fp16"
-    if cpu_has_bfloat16():
-        if wanted is None:
-            print("precision: bf16, since this CPU has instructions for it")
-        return wanted or "bf16"
-    if wanted is None:
-        print("precision: fp32, since this CPU has no instructions for bf16")
-    if wanted == "bf16":
+    fast = cpu_has_bfloat16()
+    if wanted == "bf16" and not fast:
         print("WARNING: this CPU emulates bf16, which may take ten times as long as fp32")
-    return wanted or "fp32"
+    if wanted is not None:
+        return wanted
+    if fast:
+        print("precision: bf16, because this CPU has instructions for it")
+        return "bf16"
+    print("precision: fp32, because this CPU has no instructions for bf16")
+    return "fp32"
 
 
 def cpu_has_bfloat16() -> bool:
-    """AMP: whether the CPU itself computes products in bfloat16, by its flags."""
+    """AMP: whether the CPU has instructions for bfloat16. Its flags say so."""
     if hasattr(torch.cpu, "get_capabilities"):
         flags = [name for name, there in torch.cpu.get_capabilities().items() if there]
     else:
-        info = Path("/proc/cpuinfo")  # Linux alone has it
+        info = Path("/proc/cpuinfo")  # only on Linux
         flags = info.read_text().split() if info.exists() else []
     return not {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"}.isdisjoint(flags)
 
@@ -266,7 +292,7 @@ def cpu_has_bfloat16() -> bool:
 def pick_device(config: dict) -> torch.device:
     """DDP: this rank's device; on the CPU, this rank's part of the cores."""
     if config["device"] == "cuda":
-        gpus = max(1, torch.cuda.device_count())  # with none, find_device says so
+        gpus = max(1, torch.cuda.device_count())  # if there is none, find_device says so
         return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets it to 1 if you did not set it, which leaves cores idle.
@@ -276,8 +302,11 @@ def pick_device(config: dict) -> torch.device:
 
 
 def prepare(given: dict, config: dict, folder: Path) -> tuple[Run, DigitBatches, DigitBatches]:
-    """What train_single.main does before the first epoch."""
-    device = pick_device(config)  # DDP:
+    """Make the datasets and the run, as train_single.main does.
+
+    To resume, every machine needs the run's folder.
+    """
+    device = pick_device(config)  # DDP: this rank's own
     train_set, validation_set = train_single.make_datasets(config, device)
     run = Run(config, folder, device)
     if RANK == 0:  # DDP: one rank writes
@@ -291,7 +320,8 @@ def wrap(run: Run) -> DistributedDataParallel:
     """DDP: the model, wrapped so that backward averages gradients over ranks."""
     if run.config["sync_bn"]:  # BatchNorm over the batches of all ranks
         run.model = nn.SyncBatchNorm.convert_sync_batchnorm(run.model)
-    # A false alarm: cuDNN's gradient [64, 1, 5, 5] may have another stride where the size is 1.
+    # Ignore a harmless warning: in a dimension of size 1, the stride of cuDNN's gradient may
+    # differ from the stride of the weight.
     warnings.filterwarnings("ignore", "Grad strides do not match")
     # gradient_as_bucket_view: gradients stay in the buffers that are sent, one copy less
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
@@ -312,29 +342,30 @@ def main() -> None:
     given = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
     refuse_half_a_launch()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
-    lasting = join()  # DDP:
-    given, config, folder = on_rank_0(lambda: plan(given, lasting))  # DDP:
-    run, train_set, validation_set = together(lambda: prepare(given, config, folder))  # DDP:
-    if RANK == 0:  # DDP:
+    # DDP: meet, decide, prepare
+    launch_store = join()
+    given, config, folder = on_rank_0(lambda: plan(given, launch_store))
+    run, train_set, validation_set = together(lambda: prepare(given, config, folder))
+    on_rank_0(lambda: train_single.begin(run, train_set))
+    if RANK == 0:
         signal.signal(signal.SIGINT, lambda *_: stop(run))
-    on_rank_0(lambda: train_single.begin(run, train_set))  # DDP:
-    ddp = wrap(run)  # DDP:
+    ddp = wrap(run)
     while len(run.history) < run.config["epochs"]:
         start = time.perf_counter()
         trained = train_one_epoch(run, ddp, train_set)
         seconds = time.perf_counter() - start
         validated = validate(run.model, validation_set)
         run.finish_epoch(trained, validated, seconds)
-        on_rank_0(run.save)  # DDP:
-        on_rank_0(lambda: print(run.epoch_line(), flush=True))  # DDP:
-    on_rank_0(lambda: train_single.print_outro(run))  # DDP:
+        on_rank_0(run.save)  # DDP: one rank writes
+        on_rank_0(lambda: print(run.epoch_line(), flush=True))  # DDP: ... and prints
+    on_rank_0(lambda: train_single.print_outro(run))
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
 
 
 def refuse_half_a_launch() -> None:
-    """DDP: UserError if a launcher started several processes, but did not number them all.
+    """DDP: UserError if RANK and WORLD_SIZE are set, but another variable is missing.
 
-    Each process would take itself for the only one, and train the same run.
+    Otherwise every process would believe that it is alone, and train the same run.
     """
     several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if several and not LAUNCHED:
@@ -343,9 +374,10 @@ def refuse_half_a_launch() -> None:
 
 
 def stop(run: Run) -> None:
-    """Ctrl-C on rank 0: leave at once, because the other ranks have already stopped."""
+    """Ctrl-C on rank 0: leave at once. The other ranks stop on the same signal, so rank 0
+    must not wait for them."""
     command = "python train_ddp.py"
-    if LAUNCHED:  # on several machines, the other flags of torchrun are needed again
+    if LAUNCHED:  # on several machines, repeat all flags of torchrun
         ranks = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
         command = f"torchrun {ranks} train_ddp.py"
     train_single.print_stopped(run, command)

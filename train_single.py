@@ -5,9 +5,9 @@
     python train_single.py --model alexcaps --dry-run     one step of everything
     python train_single.py --resume runs/alexcaps-single  continue after any stop
 
-Writes last.pt, best.pt, metrics.csv and config.json to runs/<model>-single, for
-evaluate.py. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes. Its
-validation accuracy is 98.5 % after the first epoch and 99.6 % after nine.
+The run's files go to runs/<model>-single: last.pt, from which it can be resumed, and
+what evaluate.py reads. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes.
+After nine epochs its validation accuracy is 99.6 %.
 
 Read it downwards:
 
@@ -42,14 +42,14 @@ from data import DigitBatches, UserError, as_batch, epoch_seed, load, resolve_da
 from rescaps import ResCapsNet
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
-VALIDATION_BATCH = 500  # larger than in training: no gradients are kept in memory
-LOOK_EVERY = 20  # steps between two updates of the loss shown; each waits for the device
+VALIDATION_BATCH = 500  # larger than in training: no activations are kept for backward
+SHOW_EVERY = 20  # steps between two updates of the loss in the progress bar
 
 # -- 1. One epoch, and validation --------------------------------------------------
 
 
 def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
-    """One pass over the training images -> sums over them, [3]: see tally.
+    """Train for one epoch. Returns 3 sums: loss x images, hits, images (see tally).
 
     `run` (part 2) owns the model, its optimizer, the settings and the history, which
     has one row for each finished epoch.
@@ -58,9 +58,9 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     epoch = len(run.history) + 1
     seed = run.config["seed"]
     dataset.set_epoch(seed, epoch)  # draws this epoch's angles and shifts
-    # The order of the images depends on (seed, epoch) alone. (With shuffle=True the
-    # DataLoader would draw one more random number first, and the order would not be that
-    # of DistributedSampler in train_ddp.py.)
+    # The order of the images depends on (seed, epoch) alone. (Do not use shuffle=True:
+    # the DataLoader would take a number from the generator first, and the order would
+    # differ from that of DistributedSampler in train_ddp.py.)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     sampler = RandomSampler(dataset, generator=generator)
     batch_size = run.config["batch_size"]
@@ -80,16 +80,17 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
         # The images are on the device already and the sums stay there, so the CPU can
         # prepare the next step while a GPU computes. Only show() waits for the device.
         sums += tally(loss, model.scores(capsules), labels)
-        if step % LOOK_EVERY == 0 or step == len(loader):
+        if step % SHOW_EVERY == 0 or step == len(loader):
             show(bar, sums)
     return sums
 
 
 @torch.no_grad()
 def validate(model: nn.Module, dataset: DigitBatches, indices=None, hidden=False) -> Tensor:
-    """The same sums over the validation images, or over those with these indices.
+    """Evaluate the model. Returns the 3 sums of tally over all validation images, or only
+    over those at `indices`.
 
-    Sums, not means, so that the sums of several processes can simply be added.
+    It returns sums because sums of several processes can simply be added.
     """
     loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
     sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
@@ -114,8 +115,9 @@ def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def progress(loader: DataLoader, title: str, hidden: bool = False) -> tqdm:
-    """The loader's batches, with a progress bar if this is a terminal."""
-    return tqdm(loader, title, leave=False, disable=hidden or None)
+    """The loader's batches, with a progress bar unless it is `hidden`."""
+    # None: tqdm shows the bar only in a terminal.
+    return tqdm(loader, title, leave=False, disable=True if hidden else None)
 
 
 def show(bar: tqdm, sums: Tensor) -> None:
@@ -138,20 +140,20 @@ def read_sums(sums: Tensor) -> list[float]:
 
 # -- 2. A run, and what is saved of it ---------------------------------------------
 
-# The parts of a Run with a state_dict. Settings and history are saved beside them.
+# The attributes of Run that have a state_dict. Settings and history are saved, too.
 SAVED = ("model", "optimizer", "scheduler", "scaler")
-# last.pt is the run after its last epoch, best.pt after its best one. The others are for
-# people; evaluate.py writes report.json.
+# last.pt is the run after its last epoch, and best.pt the run after its best epoch.
+# metrics.csv and config.json are for people and for evaluate.py, which adds report.json.
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
 
 
 class Run:
     """A training run: its settings, its folder, and everything that training changes.
 
-    A resumed run should end with the same bits, so everything that changes is saved:
-    weights and BatchNorm's running statistics, Adam's two moments of each weight and
-    its step count, the schedule's epoch count, and the scale of mixed precision. No
-    random state is saved: what is random in an epoch depends on (seed, epoch) alone.
+    A resumed run should end bit-identical to one that was never stopped. So everything
+    that changes is saved: weights and BatchNorm's running statistics, Adam's two moments
+    of each weight and its step count, the schedule's epoch count, and the scale of mixed
+    precision. Everything random depends on (seed, epoch), so no random state is saved.
     The epoch's number and the best epoch follow from the history.
     """
 
@@ -170,14 +172,14 @@ class Run:
         model = make_network(config)
         self.model = model.to(device, memory_format=torch.channels_last)
         if config["compile"]:
-            # dynamic=False: one program for each batch size (32, the short last batch,
-            # validation) instead of one slower program for all of them
+            # dynamic=False: compile once for each batch size (32, the short last batch,
+            # validation) instead of once, for slower code that accepts all of them
             self.model.compile(dynamic=False)
         # Adam divides each weight's step by the size of its recent gradients, so one
         # learning rate suits all layers. fused: one kernel updates all weights.
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config["lr"], fused=True)
-        # Large steps first, small ones at the end: after 20 epochs the learning rate is
-        # 0.7^10 = 0.028 of what it was.
+        # Training starts with large steps and ends with small ones: the last of 20 epochs
+        # has 0.7^9 = 4 % of the first learning rate.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.7)
         # For train_ddp.py. In any precision but float16 it does nothing.
         float16 = config["precision"] == "fp16"
@@ -185,7 +187,7 @@ class Run:
 
     @property
     def best(self) -> dict:
-        """The row of the best epoch so far; of equal ones, the earliest."""
+        """The row of the best epoch so far. If several are equal, it is the earliest."""
         return max(self.history, key=lambda row: row["val_accuracy"])
 
     def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
@@ -219,7 +221,7 @@ class Run:
         )
 
     def load(self) -> None:
-        """Go back to the folder's last.pt. UserError if it is of another network."""
+        """Go back to the folder's last.pt. UserError if it belongs to another network."""
         file = self.folder / "last.pt"
         checkpoint = load_checkpoint(file)
         self.history = checkpoint["history"]
@@ -256,7 +258,7 @@ class Run:
         self.save_for_people()
 
     def save_for_people(self) -> None:
-        """metrics.csv and config.json: for you and evaluate.py. Training reads neither."""
+        """Write metrics.csv and config.json. Training reads neither."""
         columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds"
         lines = [columns]
         for row in self.history:
@@ -268,7 +270,7 @@ class Run:
 
 # -- 3. The command line -----------------------------------------------------------
 
-# Every setting of a run, with its default. config.json lists the same names.
+# Every setting that a flag or a script chooses, with its default. config.json holds them.
 # fmt: off
 DEFAULTS = {
     "model": None, "routing_iterations": 3, "reconstruction": 0.0,
@@ -282,7 +284,8 @@ DEFAULTS = {
 # fmt: on
 DRY_RUN = Path("runs/dry-run")  # a dry run may replace the one before
 MAY_CHANGE = ("resume", "epochs", "data_dir", "device", "compile")  # with --resume
-# Printed at the start and at the end, so that nobody mistakes one for the other
+# Printed at the start and at the end of a run, so that nobody mistakes a result on the
+# small digits for one on MNIST
 NOTE = {
     "mnist": "",
     "digits": "\nNOTE: this is scikit-learn's 1,797 small digits, not MNIST",
@@ -310,7 +313,7 @@ def build_parser(description: str) -> "Parser":
     flag("--epochs", "passes over the training images", type=count, metavar="N")
     flag("--batch-size", "images per step and process", type=count, metavar="N")
     flag("--lr", "learning rate of Adam, times 0.7 every 2 epochs", type=real(1e-9, 100))
-    flag("--seed", "seed of everything random", type=number_between(int, 0, 4_000_000))
+    flag("--seed", "seed of weights, order and augmentation", type=number_between(int, 0, 4_000_000))
     flag("--device", "cpu, cuda, cuda:1 ...; without it, the GPU if there is one")
     flag("--compile", "torch.compile: a minute at first, then perhaps faster steps",
          action=argparse.BooleanOptionalAction)
@@ -336,10 +339,10 @@ def read_command(given: dict, fixed: dict) -> tuple[dict, Path]:
 
 
 def new_settings(given: dict, fixed: dict) -> dict:
-    """The settings of a new run: the defaults, but for what was given.
+    """The settings of a new run: the defaults, except for what was given.
 
-    Afterwards the dataset and the device are known by name, so a resumed run takes the
-    same ones. MNIST may be downloaded here.
+    "auto" and None are replaced by the dataset and the device that are used, so a
+    resumed run uses the same ones. MNIST may be downloaded here.
     """
     config = DEFAULTS | only_settings(given) | fixed
     if config["model"] is None:
@@ -359,10 +362,10 @@ def new_settings(given: dict, fixed: dict) -> dict:
 
 
 def resumed_settings(given: dict, fixed: dict) -> dict:
-    """The settings that a run began with, but for the few that may change.
+    """The settings that a run began with, except for the few that may change.
 
-    UserError if it is a run of the other script, or of another number of processes:
-    its steps would not be the same.
+    UserError if the run belongs to the other script or to another number of processes,
+    because its steps would not be the same.
     """
     others = [name for name in given if name not in MAY_CHANGE]
     refuse_flags(given, others, "--resume", "a run keeps the settings that it began with")
@@ -377,7 +380,7 @@ def resumed_settings(given: dict, fixed: dict) -> dict:
         processes = "1 process" if count == 1 else f"{count} processes"
         raise UserError(f"{folder} must be resumed by {script} with {processes}")
     if recorded.get("model") not in MODELS:
-        raise UserError(f"{folder} is of another network, {recorded.get('model')}")
+        raise UserError(f"{folder} belongs to another network, {recorded.get('model')}")
     config = DEFAULTS | recorded | only_settings(given)
     config["device"] = str(find_device(config["device"]))
     return config
@@ -416,8 +419,7 @@ def run_folder(given: dict, config: dict) -> Path:
 def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
     """Training and validation images, on the device.
 
-    Validation images are neither rotated nor shifted: the network is judged by digits as
-    they were written.
+    Validation images are neither rotated nor shifted.
     """
     network = MODELS[config["model"]]
     images, labels = load(config["dataset"], config["data_dir"], "train")
@@ -431,10 +433,10 @@ def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, Dig
 
 
 def open_folder(run: Run, given: dict) -> None:
-    """Lock the run's folder, then load the run that is there, or make sure none is.
+    """Lock the run's folder. Then load its run, or check that it holds none.
 
-    Looking comes after locking: of two trainings that start at the same moment, only
-    one finds the folder empty.
+    Lock first, then look: if two trainings start at the same moment, only one of them
+    finds the folder empty.
     """
     run.lock = FolderLock(run.folder)
     if "resume" in given:
@@ -448,7 +450,7 @@ def open_folder(run: Run, given: dict) -> None:
 
 
 def begin(run: Run, train_set: DigitBatches) -> None:
-    """Note the hardware in the settings, save the run, and say what is trained."""
+    """Record the hardware in the settings, save the run, and say what is trained."""
     config = run.config
     threads = torch.get_num_threads()
     config["hardware"] = f"{threads} CPU thread{'s' if threads > 1 else ''}"
@@ -490,8 +492,8 @@ def main() -> None:
     train_set, validation_set = make_datasets(config, device)
     run = Run(config, folder, device)
     open_folder(run, given)
+    begin(run, train_set)
     try:
-        begin(run, train_set)
         while len(run.history) < config["epochs"]:
             start = time.perf_counter()
             trained = train_one_epoch(run, train_set)
@@ -540,11 +542,11 @@ class FolderLock:
         self.file_identity = self.file.stat()
 
     def check(self) -> None:
-        """UserError if another folder has this name now, or none.
+        """UserError if our folder was moved or removed.
 
-        The folder was moved or removed. Another training may have made a new one, and
-        we must not write into that. (A file keeps its inode number when its folder is
-        moved, and while it is open no other file gets that number.)
+        Another training may have made a new folder of the same name, and we must not
+        write into that. (A file keeps its inode number when its folder is moved, and
+        while it is open no other file gets that number.)
         """
         found = self.file.stat() if self.file.exists() else None
         if found is None or not os.path.samestat(found, self.file_identity):
@@ -556,10 +558,10 @@ class FolderLock:
 def write_file(path: Path, content: bytes) -> None:
     """Write, flush, rename: at any moment `path` has its old or its new content, whole.
 
-    Writing into the file itself would destroy the old checkpoint before the new one is
-    complete: a full disk or a loss of power in between would cost the run. A rename is
-    one step for the file system. Only one process may write a path at a time; in
-    training, FolderLock ensures that.
+    For the file system a rename is one step. Writing into the file itself would destroy
+    the old checkpoint before the new one is complete: a full disk or a power failure in
+    between would cost the run. Only one process may write a path at a time. In training,
+    FolderLock ensures that.
     """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -578,19 +580,23 @@ def load_checkpoint(path: Path) -> dict:
     import zipfile
 
     content = io.BytesIO(path.read_bytes())
-    with suppress(Exception):  # a damaged file makes the reader fail in any way at all
-        damaged = zipfile.ZipFile(content).testzip()  # torch.load ignores checksums
+    try:
+        whole = zipfile.ZipFile(content).testzip() is None  # torch.load ignores checksums
         content.seek(0)
-        # weights_only: loading a pickle can run any code. This refuses everything but
-        # tensors and plain types.
+        # Unpickling can run arbitrary code. weights_only accepts only tensors and plain
+        # types.
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        if damaged is None and {"config", "history", *SAVED} <= checkpoint.keys():
-            return checkpoint
-    raise UserError(f"{path} is damaged, or not a checkpoint of this program")
+        complete = {"config", "history", *SAVED} <= checkpoint.keys()
+    except Exception:  # noqa: BLE001 - a damaged file can raise anything
+        whole = False
+    if not whole or not complete:
+        hint = "or it is not a checkpoint that this version can read"
+        raise UserError(f"{path} is damaged, {hint}")
+    return checkpoint
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best one there is. UserError if it is not there."""
+    """The device of that name, or the best available one. UserError if there is none."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -606,13 +612,13 @@ def find_device(name: str | None) -> torch.device:
 def number_between(kind: type, low: float, high: float):
     """A type for argparse: an int or a float from low to high.
 
-    argparse calls the function that is returned with the text of the flag.
+    argparse passes the flag's text to the returned function.
     """
 
     def parse(text: str) -> float:
         with suppress(ValueError):
             number = kind(text)
-            if low <= number <= high:  # nan is not
+            if low <= number <= high:  # False for nan
                 return number
         name = "an integer" if kind is int else "a number"
         message = f"{text!r} is not {name} between {low:,} and {high:,}"
@@ -622,7 +628,7 @@ def number_between(kind: type, low: float, high: float):
 
 
 def nonempty_path(text: str) -> str:
-    """A type for argparse: a path, with ~ expanded (the shell ignores --data-dir=~/x)."""
+    """A type for argparse: a path. ~ is expanded; in --data-dir=~/x the shell does not."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
@@ -648,7 +654,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_flag(self, name: str, help: str, **options) -> None:
-        """add_argument, with the setting's default, if it has one, added to the help."""
+        """Like add_argument, but it appends the default to the help text."""
         default = DEFAULTS.get(name[2:].replace("-", "_"))
         if default is not None and default is not False:
             help += f" (default: {default})"
@@ -700,10 +706,10 @@ def flush_streams() -> None:
 
 
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
-    """Call main, then leave(code). A mistake is one line and code 2.
+    """Call main, then leave(code). A mistake of the user is one line and code 2.
 
-    A traceback means a bug. If several processes find the same mistake, the others are
-    `quiet` and let one print it.
+    A traceback means a bug, or that another rank died. Of several processes that find
+    the same mistake, one prints it; the `quiet` ones wait for that.
     """
     import signal
 
@@ -711,20 +717,22 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     keep_freed_memory()
     on_interrupt = signal.getsignal(signal.SIGINT)
     code = 0
-    mistake = ""
+    mistake = None
     try:
         main()
-        sys.stdout.flush()  # may still fail, and os._exit would not do it
+        sys.stdout.flush()  # now, so that an error is reported; os._exit does not flush
     except (UserError, OSError) as error:  # OSError: a file cannot be read or written
         mistake = str(error)
     except torch.OutOfMemoryError as error:
         mistake = f"{str(error).splitlines()[0]} (try a smaller --batch-size)"
     except KeyboardInterrupt:
         code = 130
-    if mistake:
+    if mistake is not None:
         code = 2
-        if quiet:  # torchrun ends all processes when the first one fails
-            time.sleep(30)  # if this one still lives then, only it knows the mistake
+        if quiet:
+            # If all processes found the same mistake, one has printed it, and torchrun
+            # kills this process meanwhile. Otherwise only this process knows it.
+            time.sleep(30)
         with suppress(OSError):
             print(f"error: {mistake}", file=sys.stderr)
     signal.signal(signal.SIGINT, on_interrupt)  # a notebook needs its own handler again
