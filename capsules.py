@@ -264,8 +264,8 @@ class CapsuleNetwork(nn.Module):
     side: int  # pixels
     mean: float  # of the pixels in 0..1
     std: float
-    map_side: int  # primary capsules sit at map_side x map_side places: H' = W'
-    place_width: int | None  # pixels from place to place; None: each sees the whole image
+    map_side: int  # primary capsules sit at map_side x map_side places
+    place_width: int | None  # in pixels; None: each place sees the whole image
 
     def __init__(self, features, primary, digits, reconstruction: float = 0.0):
         super().__init__()

@@ -30,8 +30,8 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-# The pictures do not depend on the user's settings of matplotlib. MPLBACKEND goes before
-# the import, which refuses a backend that it does not know.
+# The pictures do not depend on the user's settings of matplotlib. MPLBACKEND must go
+# before the import, which refuses a backend that it does not know.
 os.environ.pop("MPLBACKEND", None)
 import matplotlib
 
@@ -117,7 +117,7 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
     n = len(labels)
     predicted = scores.argmax(axis=1)
     errors = int((predicted != labels).sum())
-    # AUC asks only for the ORDER of the images by their score, so lengths need no softmax.
+    # AUC depends only on the ORDER of the images by their score. Lengths need no softmax.
     is_digit = labels[:, None] == np.arange(10)  # [n, 10]
     auc = metrics.roc_auc_score(is_digit, scores, average=None)  # [10]
     low, high = wilson(n - errors, n)
@@ -149,7 +149,7 @@ def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
 
 @torch.inference_mode()
 def all_couplings(model, images: Tensor) -> Tensor:
-    """The couplings of every iteration of routing: uint8 [n, 28, 28] -> [T, n, J, N]."""
+    """The couplings of all T iterations of routing: uint8 [n, 28, 28] -> [T, n, J, N]."""
     batches = []
     for batch in images.to(device_of(model)).split(BATCH):
         inputs = images_to_input(batch, model)
@@ -172,21 +172,19 @@ def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
     # WHERE do capsules turn to the true digit? The mean over the images of a class and
     # over the capsules at a place. (Primary capsules are ordered by place first.)
     places = model.map_side**2
-    maps = at_the_end.view(10, n // 10, places, -1)  # [n, N] -> [10, n/10, places, types]
-    maps = maps.double().mean(dim=(1, 3))  # -> [10, places]
+    # [n, N] -> [10, n/10, places, types] -> [10, places]
+    maps = at_the_end.view(10, n // 10, places, -1)
+    maps = maps.double().mean(dim=(1, 3))
     # HOW MANY do? Two histograms: couplings to the true digit, and to the nine others.
-    histograms = [histogram(at_the_end), histogram(to_others)]
+    histograms = []
+    for part in (at_the_end, to_others):
+        counts, _ = np.histogram(part, EDGES)
+        histograms.append(100 * counts / part.numel())  # percent
     return {
         "coupling_to_true": to_true.double().mean(dim=(1, 2)).numpy().round(5).tolist(),
         "coupling_maps": maps.numpy().round(5).tolist(),
         "coupling_histograms": np.round(histograms, 5).tolist(),
     }
-
-
-def histogram(couplings: Tensor) -> np.ndarray:
-    """How many couplings fall into each bin of EDGES, in percent: [200]."""
-    counts, _ = np.histogram(couplings, EDGES)
-    return 100 * counts / couplings.numel()
 
 
 def count_flops(model: nn.Module) -> int:
@@ -200,7 +198,7 @@ def count_flops(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def measure(run: dict, model, images: Tensor, labels: Tensor) -> tuple[dict, np.ndarray]:
+def measure(run: dict, model, images: Tensor, labels: Tensor) -> tuple:
     """The figures for report.json, and the class scores [n, 10] of the test digits.
 
     For any network: routing_summary adds the figures that only capsules have.
@@ -240,21 +238,21 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 
 # -- 2. Several runs ---------------------------------------------------------------
 
-# Settings that a description of a run always names, if in other words
-NAMED = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
-# Settings that make no other experiment (or follow from those above)
+# Settings that are in the description of every run, if in other words
+NAMED = ("model", "dataset", "script", "precision", "world_size", "epochs")
+# Settings that do not change the experiment (of the device, GPU or CPU is named)
 UNNAMED = ("data_dir", "train_size", "seed", "device", "dry_run")
-# All others are named only if they are not as usual.
-USUAL = {
-    name: usual for name, usual in train_single.DEFAULTS.items() if name not in (*NAMED, *UNNAMED)
-}
+# All others are in a description only if they are not as usual.
+USUAL = train_single.DEFAULTS.copy()
+for setting in (*NAMED, *UNNAMED):
+    USUAL.pop(setting, None)
 ALL_OF_MNIST = 60_000 - VALIDATION_SIZE["mnist"]  # training images
 
 
 def describe(run: dict) -> str:
     """What was trained, and how: "AlexCapsNet, one device, lr 0.01, 20 epochs".
 
-    Two runs are described alike if they differ only in their seed (or in the machine).
+    Two runs have the same description if they differ only in their seed (or machine).
     """
     return join(settings_in_words(run).values())
 
@@ -324,7 +322,7 @@ def make_row(name: str, group: list[dict]) -> dict:
         folder = group[-1]["folder"]
         raise UserError(f"{folder} has settings and seed of another run: leave one out")
     row = {"name": name, "n": len(group), "runs": group}
-    for setting in (*NAMED, *USUAL):
+    for setting in (*NAMED, "train_images", *USUAL):
         row[setting] = group[0]["config"][setting]
     for figure in ("test_images", "parameters", "flops_per_image"):
         row[figure] = group[0]["report"][figure]
@@ -341,7 +339,7 @@ def make_row(name: str, group: list[dict]) -> dict:
 
 
 def fastest_epoch(run: dict) -> float:
-    """In seconds. Other epochs may warm up, compile, or share the machine."""
+    """Its time in seconds. Other epochs may warm up, compile, or share the machine."""
     return min(epoch["seconds"] for epoch in run["history"])
 
 
@@ -403,8 +401,9 @@ def comparison_text(rows: list[dict]) -> str:
     return (
         f"Accuracy on {n:,} test images: {title}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
-        "n runs that differ only in their seed: mean ± standard deviation; 95 %: the interval\n"
-        "that the images alone leave open; s/epoch: training alone, the fastest epoch\n"
+        "n runs that differ only in their seed: mean ± standard deviation; "
+        "95 %: the interval\nthat the images alone leave open; "
+        "s/epoch: training alone, the fastest epoch\n"
     )
 
 
@@ -417,7 +416,6 @@ BLUE = COLOURS[0]
 RED = COLOURS[1]
 ORANGE = COLOURS[4]
 GREY = {"color": "grey", "linestyle": ":"}  # lines to compare with
-LEFT = {"rotation": 0, "ha": "right", "va": "center"}  # a row's name, to its left
 TICKS = (1, 10, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99)  # in percent
 STEPS = torch.arange(-5, 6) / 20  # added to a number of a capsule: [S17] figure 4
 plt.rcParams["font.size"] = 15
@@ -436,12 +434,11 @@ def save(figure, text: str, file: Path) -> None:
     write_file(file, picture.getvalue())
 
 
-def draw_all(
-    run: dict, lengths: np.ndarray, images: Tensor, labels: Tensor, out: Path, plain=None
-) -> None:
-    """All pictures of a run that need its report and its lengths [n, 10], no weights.
+def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None):
+    """All pictures of a run that need its report and its lengths, but no weights.
 
-    Images are uint8 [n, 28, 28], labels [n]. `plain`: see draw_rotation.
+    Lengths are an array [n, 10], images uint8 [n, 28, 28], labels [n]. `plain`: see
+    draw_rotation.
     """
     report = run["report"]
     lengths = lengths.astype(np.float32)  # older runs kept them in float16
@@ -457,15 +454,13 @@ def draw_all(
     if "coupling_maps" in report and network.place_width is None:
         pictures["routing"] = draw_coupling_histograms(report)
     elif "coupling_maps" in report:
-        routed = first_of_each_class(labels, ROUTED)
-        pictures["routing"] = draw_coupling_maps(report, network, images[routed].numpy())
+        routed = images[first_of_each_class(labels, ROUTED)]
+        pictures["routing"] = draw_coupling_maps(report, network, routed.numpy())
     save_all(run, pictures, out)
 
 
-def draw_redrawn(
-    run: dict, model, lengths: np.ndarray, images: Tensor, labels: Tensor, out: Path
-) -> None:
-    """The pictures that show what a capsule knows. They need a network with a decoder."""
+def draw_redrawn(run: dict, model, lengths, images: Tensor, labels: Tensor, out: Path):
+    """The pictures that show what a capsule knows: the model must have a decoder."""
     pictures = {
         "reconstructions": draw_reconstructions(model, lengths, images, labels),
         "perturbations": draw_perturbations(model, images, labels),
@@ -546,16 +541,17 @@ def draw_curves(run: dict) -> tuple:
     best = run["best"]
     epochs = range(1, len(history) + 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
-    for part, label, colour in (("train", "training", BLUE), ("val", "validation", RED)):
+    parts = (("train", "training", BLUE), ("val", "validation", RED))
+    for part, label, colour in parts:
         style = {"color": colour, "marker": "o", "label": label}
         loss = [row[f"{part}_loss"] for row in history]
         accuracy = [row[f"{part}_accuracy"] for row in history]
         left.plot(epochs, loss, **style)
         draw_accuracy(right, epochs, [accuracy], **style)
-    loss_name = "margin loss"
+    kind = "margin loss"
     if run["config"]["reconstruction"] > 0:
-        loss_name += " and the decoder's"
-    left.set(yscale="log", ylabel=f"{loss_name} (logarithmic)")
+        kind = "margin and decoder loss"
+    left.set(yscale="log", ylabel=f"{kind} (logarithmic)")
     for axis in (left, right):
         axis.axvline(best["epoch"], label="kept: best.pt", **GREY)
         axis.locator_params(axis="x", integer=True)
@@ -586,7 +582,7 @@ def draw_accuracy(axis, x, runs: list[list[float]], **style) -> None:
 
 
 def worst_mistakes(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Indices of all mistakes, the worst first: the longest capsule is longer by most."""
+    """Indices of all mistakes; first those whose longest capsule is longer by most."""
     wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
     true = lengths[wrong, labels[wrong]]  # the length of the true digit's capsule
     excess = lengths[wrong].max(axis=1) - true
@@ -608,8 +604,9 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -
         axis.imshow(images[index], cmap="gray_r")
         title = f"{true} → {answer}\n{true_length:.2f} → {length:.2f}"
         axis.set_title(title, fontsize=14)
+    mistakes = f"{len(wrong)} mistakes in {len(labels):,} test digits"
     return figure, (
-        f"the worst {len(worst)} of {len(wrong)} mistakes in {len(labels):,} test digits: \n"
+        f"the worst {len(worst)} of {mistakes}: \n"
         "true → predicted class, and the lengths of both capsules"
     )
 
@@ -617,17 +614,18 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -
 def draw_rotation(report: dict, trained: float, plain: list[float] | None) -> tuple:
     """How far a network generalises to angles that it has not been shown.
 
-    It was trained with up to ±`trained` degrees. `plain` are a plain CNN's accuracies at
-    the ANGLES, to compare with.
+    It was trained with up to ±`trained` degrees. `plain` holds the accuracies of a plain
+    CNN at the ANGLES, to compare with.
     """
     values = at_angles(report)
     n = report["rotation"]["images"]
-    intervals = np.array([wilson(value * n / 100, n) for value in values])  # [angles, 2]
+    intervals = [wilson(value * n / 100, n) for value in values]
+    low, high = np.transpose(intervals)  # [angles, 2] -> [2, angles]
     figure, axis = plt.subplots(figsize=(11, 7))
-    axis.axvspan(-trained, trained, color=ORANGE, alpha=0.3, label=f"trained: ±{trained:g}°")
-    low = intervals[:, 0]
-    high = intervals[:, 1]
-    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label="95 %, images alone")
+    label = f"trained: ±{trained:g}°"
+    axis.axvspan(-trained, trained, color=ORANGE, alpha=0.3, label=label)
+    label = "95 %, images alone"
+    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label=label)
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
     if plain:
         axis.plot(ANGLES, plain, "k--", label="plain CNN")
@@ -651,7 +649,8 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
     # Where a place begins and ends, in pixels of the 28x28 image
     edges = 28 / network.side * network.place_width * np.arange(side + 1)
-    most = np.abs(maps - 0.1).max() + 1e-5  # distance from an equal share, which is white
+    # Colours say how far a coupling is from an equal share, which is white.
+    most = np.abs(maps - 0.1).max() + 1e-5
     figure, axes = plt.subplots(2, 5, figsize=(13, 6))
     for digit, axis in enumerate(axes.flat):
         shown = axis.pcolormesh(
@@ -672,7 +671,8 @@ def draw_coupling_histograms(report: dict) -> tuple:
     axis.stairs(to_true, EDGES, color=RED, label="to the true digit", **style)
     axis.stairs(to_others, EDGES, color=BLUE, label="to the nine others", **style)
     axis.axvline(0.1, label="equal share", **GREY)
-    axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)", yscale="log")
+    axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)")
+    axis.set_yscale("log")
     last_bin = np.flatnonzero(to_true).max()
     axis.set_xlim(0, EDGES[last_bin + 1])
     axis.legend()
@@ -705,20 +705,21 @@ def redraw(model, images: Tensor) -> Tensor:
 
 
 def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
-    """What the decoder draws from the capsules [n, J, D] of `digits` [n]: [n, 28, 28]."""
+    """Draw from the capsules of `digits` [n]: [n, J, D] -> [n, 28, 28], on the CPU."""
     drawn = model.decoder(capsules, digits.to(capsules.device))  # [n, 1, 28, 28]
     return drawn.squeeze(1).cpu()
 
 
 @torch.inference_mode()
-def draw_reconstructions(model, lengths: np.ndarray, images: Tensor, labels: Tensor) -> tuple:
+def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tuple:
     """Ten digits and the worst mistakes, redrawn from one capsule each.
 
-    If the network is wrong, the true digit's capsule and the longest capsule differ.
+    If the network is wrong, the true digit's capsule is not the longest one. If it has
+    almost no length, its drawing is a blur of all digits.
     """
-    mistakes = worst_mistakes(lengths, labels.numpy())[:4]
     ten = first_of_each_class(labels, 1)
-    shown = torch.cat([ten, torch.from_numpy(mistakes)])
+    mistakes = torch.from_numpy(worst_mistakes(lengths, labels.numpy()))
+    shown = torch.cat([ten, mistakes[:4]])
     true = labels[shown]
     inputs = images_to_input(images[shown].to(device_of(model)), model)
     capsules = digit_capsules(model, images[shown])
@@ -728,18 +729,13 @@ def draw_reconstructions(model, lengths: np.ndarray, images: Tensor, labels: Ten
         "true digit's\ncapsule": decode(model, capsules, true),
         "longest\ncapsule": decode(model, capsules, answers),
     }
-    figure, axes = plt.subplots(3, len(shown), figsize=(13, 4.3))
-    for row, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            show_picture(axis, picture)
-        row[0].set_ylabel(name, **LEFT)
-    for axis, digit, answer in zip(axes[0], true, answers, strict=True):
-        if digit == answer:
-            axis.set_title(f"{digit}")
-        else:
-            axis.set_title(f"{digit} → {answer}", color=RED)
+    columns = []
+    for digit, answer in zip(true.tolist(), answers.tolist(), strict=True):
+        columns.append(f"{digit}" if digit == answer else f"{digit} → {answer}")
+    drawings = torch.stack(list(rows.values()))  # [3, n, 28, 28]
+    figure = draw_grid(drawings, list(rows), columns, figsize=(13, 3.7))
     numbers = f"the {model.digits.D} numbers of one capsule"
-    return figure, f"redrawn from {numbers} (red: mistakes, true → predicted)"
+    return figure, f"redrawn from {numbers} (right: mistakes, true → predicted)"
 
 
 @torch.inference_mode()
@@ -750,18 +746,19 @@ def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
     """
     ten = first_of_each_class(labels, 1)
     capsules = digit_capsules(model, images[ten])  # [10, J, D]
-    figure, axes = plt.subplots(10, len(STEPS), figsize=(12.5, 11.3))
-    for digit, row in enumerate(axes):
+    drawings = []
+    rows = []
+    for digit in range(10):
         drawn = move_each_number(model, capsules[digit], digit)  # [D, steps, 28, 28]
         change = (drawn[:, -1] - drawn[:, 0]).abs().mean(dim=(1, 2))  # [D]
         most = int(change.argmax())
-        for axis, picture in zip(row, drawn[most], strict=True):
-            show_picture(axis, picture)
-        row[0].set_ylabel(f"no. {most}", **LEFT)
-    for axis, step in zip(axes[0], STEPS, strict=True):
-        axis.set_title(f"{step:+.2f}")
+        drawings.append(drawn[most])
+        rows.append(f"no. {most}")
+    columns = [f"{step:+.2f}" for step in STEPS]
+    figure = draw_grid(torch.stack(drawings), rows, columns, figsize=(12, 11))
     D = model.digits.D
-    return figure, f"each row: one of the capsule's {D} numbers (no. 0 to {D - 1}) is changed by"
+    number = f"one of the capsule's {D} numbers (no. 0 to {D - 1})"
+    return figure, f"each row: {number} is changed by"
 
 
 def move_each_number(model, capsules: Tensor, digit: int) -> Tensor:
@@ -779,11 +776,19 @@ def move_each_number(model, capsules: Tensor, digit: int) -> Tensor:
     return drawn.unflatten(0, (D, len(STEPS)))
 
 
-def show_picture(axis, picture: Tensor) -> None:
-    """[28, 28] in 0..1, as ink on paper."""
-    axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
-    axis.set(xticks=[], yticks=[])
+def draw_grid(drawings: Tensor, rows: list[str], columns: list[str], figsize: tuple):
+    """A figure of drawings [rows, columns, 28, 28] in 0..1, as ink on paper."""
+    framed = nn.functional.pad(drawings, (1, 1, 1, 1), value=0.3)  # a grey frame: 30x30
+    # [rows, columns, 30, 30] -> [rows, 30, columns, 30] -> [rows * 30, columns * 30]
+    page = framed.permute(0, 2, 1, 3)
+    page = page.reshape(30 * len(rows), 30 * len(columns))
+    figure, axis = plt.subplots(figsize=figsize)
+    axis.imshow(page.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_xticks(30 * np.arange(len(columns)) + 14.5, columns)  # places, labels
+    axis.set_yticks(30 * np.arange(len(rows)) + 14.5, rows)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.grid(False)
+    return figure
 
 
 def draw_comparison(rows: list[dict], file: Path) -> None:
@@ -932,6 +937,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def some_path(text: str) -> Path:
+    """A type for argparse."""
     return Path(train_single.nonempty_path(text))
 
 
@@ -1004,7 +1010,7 @@ def check_like(values: dict, examples: dict) -> None:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's folder, config (settings), history (rows of metrics.csv), best row, report.
+    """A run's folder, config (settings), history (of epochs), best epoch and report.
 
     The report is None if it is missing or of an earlier epoch, and best.pt is there to
     make a new one. UserError if the folder holds no run, or a damaged one.
@@ -1015,12 +1021,14 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{folder} is of another network, {config['model']} ({hint})")
     history = read_checked(folder / "metrics.csv", parse_history)
     if not history:
-        raise UserError(f"{folder} has no finished epoch yet: continue it with --resume")
-    best = max(history, key=lambda row: row["val_accuracy"])  # of equal ones the earliest
+        raise UserError(f"{folder} has no finished epoch yet: continue its training")
+    # The row of best.pt: of equal ones the earliest
+    best = max(history, key=lambda row: row["val_accuracy"])
     run = {"folder": folder, "config": config, "history": history, "best": best}
     run["report"] = None
     if (folder / "report.json").exists():
-        report = read_checked(folder / "report.json", parse_report, MODELS[config["model"]])
+        network = MODELS[config["model"]]
+        report = read_checked(folder / "report.json", parse_report, network)
         kept = (report["kept_epoch"], report["kept_val_accuracy"])
         if kept == (best["epoch"], best["val_accuracy"]):
             run["report"] = report
@@ -1069,6 +1077,10 @@ def parse_report(content: bytes, network) -> dict:
     check_like(report, REPORT)
     turned = {"rotation": at_angles(report), "images": report["rotation"]["images"]}
     check_like(turned, {"rotation": [99.0] * len(ANGLES), "images": 1000})
+    if max(report["accuracy"], *turned["rotation"]) > 100:
+        raise ValueError("an accuracy is above 100 %")
+    if min(report["test_images"], turned["images"]) < 1:
+        raise ValueError("it is of no images")
     if "coupling_maps" in report:
         routing = {
             "coupling_to_true": [0.1] * len(report["coupling_to_true"]),
@@ -1153,7 +1165,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
 
 
 def half_weights(model: nn.Module) -> bytes:
-    """The content of a weights.pt: the weights in float16, half the bytes of float32."""
+    """The content of weights.pt: float16, which takes half the bytes of float32."""
     weights = {}
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():  # BatchNorm's count of batches is not
@@ -1176,13 +1188,14 @@ def read_half_weights(file: Path) -> dict:
 
 
 def write_json(file: Path, values: dict) -> None:
-    """A line for each key; a list stays on its line."""
+    """Write JSON with one line for each key."""
     lines = [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
     text = "{" + ",\n ".join(lines) + "}\n"
     write_file(file, text.encode())
 
 
 def write_lengths(file: Path, lengths: np.ndarray) -> None:
+    """Write an array, as all files are written, in one piece."""
     buffer = io.BytesIO()
     np.save(buffer, lengths)
     write_file(file, buffer.getvalue())
