@@ -19,6 +19,9 @@ class AlexCapsNet(CapsuleNetwork):
     side = 28
     mean = 0.1307
     std = 0.3081
+    # The primary capsules sit at 2x2 places, and each place sees the whole image.
+    map_side = 2
+    place_width = None
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         # Departure 1: the report keeps AlexNet's 11x11 convolution with stride 4, made

@@ -258,15 +258,17 @@ def initialise_convolutions(model: nn.Module) -> None:
 class CapsuleNetwork(nn.Module):
     """Images [B, 1, side, side], standardised -> digit capsules [B, J, D].
 
-    A subclass says which input it wants (side, mean, std) and builds three parts:
-    `features`, the convolutions; `primary`, a PrimaryCapsules; and `digits`, a
-    DigitCapsules. `reconstruction` is the weight of the decoder's loss; at 0 there is
-    no decoder.
+    A subclass says which input it wants (side, mean, std), where its primary capsules
+    sit (map_side, place_width), and builds three parts: `features`, the convolutions;
+    `primary`, a PrimaryCapsules; and `digits`, a DigitCapsules. `reconstruction` is the
+    weight of the decoder's loss; at 0 there is no decoder.
     """
 
     side: int  # pixels
     mean: float  # of the pixels in 0..1
     std: float
+    map_side: int  # primary capsules sit at map_side x map_side places
+    place_width: int | None  # in pixels; None: each place sees the whole image
 
     def __init__(self, features, primary, digits, reconstruction: float = 0.0):
         super().__init__()

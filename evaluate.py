@@ -4,10 +4,20 @@
     python evaluate.py runs/alexcaps-single runs/rescaps-single   a comparison
     python evaluate.py runs/alexcaps-single --image photo.jpg     own digits
 
-Files go to the run's folder. A comparison needs the reports of its runs, and
-goes to runs/comparison; runs that differ only in --seed are one row in it. A
-run without best.pt is drawn anew from its report.json and lengths.npy. On 2 CPU
-cores a run on MNIST takes half a minute to a few.
+A report goes to the run's folder. On 2 CPU cores, MNIST takes half a minute to a few
+minutes. A comparison goes to runs/comparison, and needs the reports of its runs.
+
+An archived run, as in results/, has no best.pt. Its pictures are redrawn from its
+report.json and lengths.npy, and go to runs/<name>-evaluated: the archive stays as it
+is. If it has weights.pt, it can also read your own digits.
+
+Read it downwards:
+    1. one run: its figures
+    2. several runs: means over seeds, and a table
+    3. the pictures
+    4. your own digits
+    5. main
+    6. the files of a run, and how they are checked
 """
 
 import argparse
@@ -15,9 +25,18 @@ import csv
 import io
 import json
 import math
-import sys
+import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
+# The pictures do not depend on the user's settings of matplotlib. MPLBACKEND must go
+# before the import, which refuses a backend that it does not know.
+os.environ.pop("MPLBACKEND", None)
+import matplotlib
+
+matplotlib.rcdefaults()  # forget the user's matplotlibrc
+matplotlib.use("Agg")  # draw into files: no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -25,279 +44,384 @@ from PIL import Image, ImageOps
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train_single
-from data import UserError, images_to_input, load
-from train_single import MODELS, write_file
+from data import VALIDATION_SIZE, UserError, images_to_input, load
+from train_single import MODELS, progress, shell_path, write_file
 
-plt.switch_backend("Agg")  # draw into files: no display needed
 BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
 ROUTED = 20  # test digits of each class whose couplings are averaged for routing.png
-EDGES = np.linspace(0, 1, 201)  # of the bins in a histogram of couplings
-PLACES = {"alexcaps": 2 * 2, "rescaps": 9 * 9}  # of the map of primary capsules
+EDGES = np.linspace(0, 1, 201)  # of the 200 bins in a histogram of couplings
 
-# -- 1. One run: its figures -----------------------------------------------------------------------
+# -- 1. One run: its figures -------------------------------------------------------
 
 
-def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of an accuracy, in percent. p ± z sqrt(p (1 - p) / n) fails near 100 %."""
-    p, shrink = correct / n, 1 + z * z / n  # z = 1.96: 95 % of a normal distribution
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy, in percent, if `correct` of n images are.
+
+    The usual p ± z sqrt(p (1 - p) / n) fails near 100 %: at p = 1 it has no width.
+    """
+    z = 1.96  # 95 % of a normal distribution lie within ±1.96 standard deviations
+    p = correct / n
+    #            p + z^2 / 2n  ±  z sqrt(p (1 - p) / n + z^2 / 4n^2)
+    #   bounds = ---------------------------------------------------   [Wilson 1927]
+    #                              1 + z^2 / n
+    shrink = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink  # a little nearer to 50 % than p
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return 100 * low, 100 * high
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` digits of each class, of all equally many: 0s, then 1s, ..."""
-    count = min(count, int(labels.bincount(minlength=10).min()))  # the rarest class has
-    return torch.cat([(labels == digit).nonzero()[:count, 0] for digit in range(10)])
+    """Indices of the first `count` digits of each class: the 0s, then the 1s, ...
+
+    If a class has fewer, all classes get as few.
+    """
+    rarest = int(labels.bincount(minlength=10).min())
+    count = min(count, rarest)
+    chosen = []
+    for digit in range(10):
+        places = (labels == digit).nonzero().squeeze(1)  # [n] -> [images of this digit]
+        chosen.append(places[:count])
+    return torch.cat(chosen)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @torch.inference_mode()
-def predict(model, images: Tensor, batch_size=BATCH, angle=0) -> Tensor:
-    """uint8 [n, 28, 28], turned by `angle` degrees -> the model's class scores, [n, 10]."""
-    device, predicted = next(model.parameters()).device, []
-    bar = {"desc": f"test digits at {angle} degrees", "leave": False, "disable": None}
-    for batch in tqdm(images.to(device).split(batch_size), **bar):
-        degrees = torch.full([len(batch)], float(angle), device=device) if angle else None
+def predict(model, images: Tensor, batch_size: int = BATCH, angle: float = 0) -> Tensor:
+    """uint8 [n, 28, 28], turned by `angle` degrees -> the class scores [n, 10]."""
+    device = device_of(model)
+    batches = images.to(device).split(batch_size)
+    scores = []
+    for batch in progress(batches, f"test digits at {angle} degrees"):
+        degrees = None  # upright
+        if angle != 0:
+            degrees = torch.full([len(batch)], float(angle), device=device)
         outputs = model(images_to_input(batch, model, degrees))
-        predicted.append(model.scores(outputs).cpu())
-    return torch.cat(predicted)
+        scores.append(model.scores(outputs).cpu())
+    return torch.cat(scores)
+
+
+def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
+    """Scores [n, 10] and labels [n] -> errors, accuracy, AUC and the confusion matrix.
+
+    In the matrix, the row is the true digit and the column the predicted one.
+    """
+    n = len(labels)
+    predicted = scores.argmax(axis=1)
+    errors = int((predicted != labels).sum())
+    # AUC depends only on the ORDER of the images by their score. Lengths need no softmax.
+    is_digit = labels[:, None] == np.arange(10)  # [n, 10]
+    auc = metrics.roc_auc_score(is_digit, scores, average=None)  # [10]
+    low, high = wilson(n - errors, n)
+    return {
+        "test_images": n,
+        "errors": errors,
+        "accuracy": round(100 * (n - errors) / n, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "auc": auc.round(6).tolist(),
+        "confusion": confusion_matrix(labels, predicted).tolist(),
+    }
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """How often each digit (row) is predicted as which digit (column): [10, 10]."""
+    return metrics.confusion_matrix(labels, predicted, labels=range(10))
 
 
 def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
     """Accuracy in percent at each of the ANGLES, always of the same digits."""
-    chosen, accuracy = first_of_each_class(labels, ROTATED), {}
+    chosen = first_of_each_class(labels, ROTATED)
+    accuracy = {}
     for angle in ANGLES:
-        right = predict(model, images[chosen], BATCH, angle).argmax(dim=1) == labels[chosen]
-        accuracy[str(angle)] = round(100 * right.float().mean().item(), 3)
+        predicted = predict(model, images[chosen], angle=angle).argmax(dim=1)
+        hits = predicted == labels[chosen]
+        accuracy[str(angle)] = round(100 * hits.float().mean().item(), 3)
     return {"images": len(chosen), "accuracy": accuracy}
 
 
 @torch.inference_mode()
-def routing_summary(model: nn.Module, images: Tensor, labels: Tensor, places: int) -> dict:
-    """What routing.png needs of the couplings; images come class by class, equally many of each."""
-    batches = images.to(next(model.parameters()).device).split(BATCH)
-    routed = [model(images_to_input(batch, model), return_couplings=True)[1] for batch in batches]
-    c = torch.cat([torch.stack(couplings).cpu() for couplings in routed], dim=1)  # [T, n, J, N]
-    true = c[:, torch.arange(len(labels)), labels]  # those to the true digit: [T, n, N]
-    others = c[-1, labels.unsqueeze(1) != torch.arange(10)]  # of the last iteration: [9n, N]
-    # WHERE do capsules turn to the true digit? [n, N] -> [10, n/10, places, capsules] -> mean
-    maps = true[-1].view(10, len(labels) // 10, places, -1).double().mean(dim=(1, 3))
-    # HOW MANY do? How often, in percent, each coupling occurs, to the true digit and to others
-    percent = [100 * np.histogram(part, EDGES)[0] / part.numel() for part in (true[-1], others)]
+def all_couplings(model, images: Tensor) -> Tensor:
+    """The couplings of all T iterations of routing: uint8 [n, 28, 28] -> [T, n, J, N]."""
+    batches = []
+    for batch in images.to(device_of(model)).split(BATCH):
+        inputs = images_to_input(batch, model)
+        _, couplings = model(inputs, return_couplings=True)  # T times [B, J, N]
+        batches.append(torch.stack(couplings).cpu())
+    return torch.cat(batches, dim=1)
+
+
+def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
+    """What routing.png shows of the couplings c.
+
+    The images come class by class, equally many of each.
+    """
+    n = len(labels)
+    c = all_couplings(model, images)  # [T, n, J, N]
+    to_true = c[:, torch.arange(n), labels]  # [T, n, N]: those to the true digit
+    at_the_end = to_true[-1]  # [n, N]: after the last iteration
+    is_other = labels.unsqueeze(1) != torch.arange(10)  # [n, J]
+    to_others = c[-1, is_other]  # [9n, N]
+    # WHERE do capsules turn to the true digit? The mean over the images of a class and
+    # over the capsules at a place. (Primary capsules are ordered by place first.)
+    places = model.map_side**2
+    # [n, N] -> [10, n/10, places, types] -> [10, places]
+    maps = at_the_end.view(10, n // 10, places, -1)
+    maps = maps.double().mean(dim=(1, 3))
+    # HOW MANY do? Two histograms: couplings to the true digit, and to the nine others.
+    histograms = []
+    for part in (at_the_end, to_others):
+        counts, _ = np.histogram(part, EDGES)
+        histograms.append(100 * counts / part.numel())  # percent
     return {
-        "coupling_to_true": true.double().mean(dim=(1, 2)).numpy().round(5).tolist(),
+        "coupling_to_true": to_true.double().mean(dim=(1, 2)).numpy().round(5).tolist(),
         "coupling_maps": maps.numpy().round(5).tolist(),
-        "coupling_histograms": np.round(percent, 5).tolist(),
+        "coupling_histograms": np.round(histograms, 5).tolist(),
     }
 
 
 def count_flops(model: nn.Module) -> int:
-    """Operations of one image's forward pass: convolutions and matrix products, x * y + z is 2."""
-    image = torch.zeros(1, 28, 28, dtype=torch.uint8, device=next(model.parameters()).device)
+    """The operations of one image's forward pass, in convolutions and matrix products.
+
+    x * y + z counts as 2.
+    """
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8, device=device_of(model))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images_to_input(image, model))
     return counter.get_total_flops()
 
 
-def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
-    """Scores [n, 10], labels [n] -> errors, accuracy, AUC, confusion matrix (row: true digit)."""
-    n, predicted = len(labels), scores.argmax(axis=1)
-    errors = int((predicted != labels).sum())
-    # Lengths, no softmax: AUC asks only for the ORDER of the images by their score for a digit.
-    auc = metrics.roc_auc_score(labels[:, None] == np.arange(10), scores, average=None)
-    return {
-        "test_images": n,
-        "errors": errors,
-        "accuracy": round(100 * (n - errors) / n, 4),
-        "interval_95": [round(bound, 4) for bound in wilson(n - errors, n)],
-        "auc": auc.round(6).tolist(),
-        "confusion": metrics.confusion_matrix(labels, predicted, labels=range(10)).tolist(),
-    }
-
-
-def load_network(run: dict, device: torch.device) -> nn.Module:
-    """The network of a run with the weights of its best epoch, ready to evaluate."""
-    config, best = run["config"], run["folder"] / "best.pt"
-    # Training may use TF32 on a GPU; a report may not: 10 bits of mantissa instead of 23.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    checkpoint = train_single.load_checkpoint(best)
-    if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
-        raise UserError(f"{best} is not of the best epoch in metrics.csv: resume the run first")
-    try:
-        model = train_single.make_network(config)
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:  # other names or shapes
-        raise UserError(f"{best} does not fit the network as it is in this repository") from None
-    return model.to(device, memory_format=torch.channels_last).eval()  # [B, H, W, C]: faster
-
-
 def measure(run: dict, model, images: Tensor, labels: Tensor) -> tuple:
-    """The figures of any network, for report.json, and its scores [n, 10] of the test digits."""
-    best, predicted = run["best"], predict(model, images).numpy()
-    report = {"kept_epoch": best["epoch"], "kept_val_accuracy": best["val_accuracy"]}
-    report["parameters"] = sum(p.numel() for p in model.parameters())
-    report["flops_per_image"] = count_flops(model)
-    report |= classification_metrics(predicted, labels.numpy())
-    return report | {"rotation": rotation_accuracy(model, images, labels)}, predicted
+    """The figures for report.json, and the class scores [n, 10] of the test digits.
+
+    For any network: routing_summary adds the figures that only capsules have.
+    """
+    scores = predict(model, images).numpy()
+    report = {
+        "kept_epoch": run["best"]["epoch"],
+        "kept_val_accuracy": run["best"]["val_accuracy"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_image": count_flops(model),
+    }
+    report |= classification_metrics(scores, labels.numpy())
+    report["rotation"] = rotation_accuracy(model, images, labels)
+    return report, scores
 
 
-def report_text(run: dict) -> str:
-    """The report as it is printed."""
-    report, (low, high) = run["report"], run["report"]["interval_95"]
-    # The confusion matrix says how often each pair (true, predicted) occurred: the pairs again
-    counts = np.array(report["confusion"], dtype=int).ravel()  # [100]
-    pairs = np.indices((10, 10)).reshape(2, 100).repeat(counts, axis=1)  # [2, 10000]
+def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
+    """The report as it is printed. Labels and predictions are [n]."""
+    report = run["report"]
+    low, high = report["interval_95"]
+    by_digit = metrics.classification_report(
+        labels, predicted, labels=range(10), digits=4, zero_division=0
+    )
+    auc = np.mean(report["auc"])
+    flops = report["flops_per_image"] / 1e6
     return (
-        f"{describe(run)}, on {run['config']['dataset']}, kept after epoch {report['kept_epoch']}\n"
-        f"test accuracy {report['accuracy']:.2f} % (95 % interval {low:.2f} to {high:.2f}), "
+        f"{describe(run)}, on {run['config']['dataset']}, "
+        f"kept after epoch {report['kept_epoch']}\n"
+        f"test accuracy {report['accuracy']:.2f} % "
+        f"(95 % interval {low:.2f} to {high:.2f}), "
         f"{report['errors']} errors in {report['test_images']:,} images\n\n"
-        f"{metrics.classification_report(*pairs, labels=range(10), digits=4, zero_division=0)}\n"
-        f"AUC {np.mean(report['auc']):.5f} (mean over the digits), {report['parameters']:,} "
-        f"parameters, {report['flops_per_image'] / 1e6:,.0f} million FLOPs per image"
+        f"{by_digit}\n"
+        f"AUC {auc:.5f} (mean over the digits), {report['parameters']:,} parameters, "
+        f"{flops:,.0f} million FLOPs per image"
     )
 
 
-# -- 2. Several runs -------------------------------------------------------------------------------
+# -- 2. Several runs ---------------------------------------------------------------
 
-# The settings that a run may change, with what they usually are
-USUAL = {"batch_size": 32, "accumulation_steps": 1, "lr": 0.001, "rotate": 10.0, "shift": 0.0}
-USUAL |= {"routing_iterations": 3, "reconstruction": 0.0, "compile": False, "sync_bn": False}
-SETTINGS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
-SETTINGS += tuple(USUAL)  # runs alike in all of this are one row
-
-
-def at_angles(report: dict) -> list[float]:
-    """The accuracies on turned digits in a report of any network."""
-    return [report["rotation"]["accuracy"][str(angle)] for angle in ANGLES]
-
-
-def read_run(folder: Path) -> dict:
-    """folder, config, history, best row and report of a run; UserError if it is none, or damaged.
-
-    The report is None if it is missing or of an epoch before, but best.pt is there to make one of.
-    """
-    try:
-        config = train_single.DEFAULTS | json.loads((folder / "config.json").read_text())
-        if config["model"] not in MODELS:
-            cure = "plain ones: python -m results.plain evaluate.py RUN"
-            raise UserError(f"{folder} is of another network, {config['model']} ({cure})")
-        with open(folder / "metrics.csv", newline="") as file:
-            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        for epoch, row in enumerate(history, start=1):
-            row["epoch"] = epoch  # a whole number
-        if not history:
-            raise UserError(f"{folder} has no finished epoch yet: --resume goes on with it")
-        best = max(history, key=lambda row: row["val_accuracy"])  # in best.pt; the earliest
-        file = folder / "report.json"
-        report = json.loads(file.read_text()) if file.exists() else {}
-        kept = report.get("kept_epoch"), report.get("kept_val_accuracy")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a file that is none of ours
-        raise UserError(f"{folder} holds no run, or is damaged: {error}") from None
-    if kept != (best["epoch"], best["val_accuracy"]):
-        if not (folder / "best.pt").exists():
-            raise UserError(f"{folder} has neither best.pt nor a report of its best epoch")
-        report = None
-    return {"folder": folder, "config": config, "history": history, "best": best, "report": report}
+# Settings that are in the description of every run, if in other words
+NAMED = ("model", "dataset", "script", "precision", "world_size", "epochs")
+# Settings that do not change the experiment (of the device, GPU or CPU is named)
+UNNAMED = ("data_dir", "train_size", "seed", "device", "dry_run")
+# All others are in a description only if they are not as usual.
+USUAL = train_single.DEFAULTS.copy()
+for setting in (*NAMED, *UNNAMED):
+    USUAL.pop(setting, None)
+ALL_OF_MNIST = 60_000 - VALIDATION_SIZE["mnist"]  # training images
 
 
 def describe(run: dict) -> str:
-    """What tells a run from others, but for the seed: "AlexCapsNet, one device, 20 epochs"."""
-    config, epochs = run["config"], len(run["history"])
-    n, precision = config["world_size"], config["precision"]
-    many = f"{n} process{'es' * (n > 1)} in {precision}"
-    place = "one device" if config["script"] == "single" else many
-    words = [MODELS[config["model"]].__name__, place]
-    words += ["GPU"] if config["device"].startswith("cuda") else []
+    """What was trained, and how: "AlexCapsNet, one device, lr 0.01, 20 epochs".
+
+    Two runs have the same description if they differ only in their seed (or machine).
+    """
+    return join(settings_in_words(run).values())
+
+
+def settings_in_words(run: dict) -> dict[str, str]:
+    """The parts of a description: {setting: words}, "" if it is as usual."""
+    config = run["config"]
+    words = {"model": MODELS[config["model"]].__name__}
+    processes = config["world_size"]
+    if config["script"] == "single":
+        words["script"] = "one device"
+    else:
+        plural = "es" if processes > 1 else ""
+        words["script"] = f"{processes} process{plural} in {config['precision']}"
+    words["device"] = "GPU" if config["device"].startswith("cuda") else ""
     for name, usual in USUAL.items():
+        words[name] = ""
         if config[name] != usual:
-            words.append(f"{name.replace('_', ' ')} {config[name]:g}")
-    images = "digits" if config["dataset"] == "digits" else "images"
-    part = config.get("train_size") or images == "digits"
-    of = f" of {config['train_images']:,} {images}" if part else ""
-    return ", ".join([*words, f"{epochs} epoch{'s' * (epochs > 1)}{of}"])
+            value = str(config[name]).removesuffix(".0")
+            words[name] = f"{name.replace('_', ' ')} {value}"
+    words["epochs"] = epochs_in_words(run)
+    return words
+
+
+def epochs_in_words(run: dict) -> str:
+    """ "20 epochs", "3 epochs of 6,000 images", "7 of 20 epochs" if it was stopped."""
+    config = run["config"]
+    done = len(run["history"])
+    planned = config["epochs"]
+    text = f"{done} of {planned}" if done != planned else f"{done}"
+    text += " epochs" if planned > 1 else " epoch"
+    if config["dataset"] == "digits":
+        text += f" of {config['train_images']:,} digits"
+    elif config["train_images"] != ALL_OF_MNIST:
+        text += f" of {config['train_images']:,} images"
+    return text
+
+
+def join(words) -> str:
+    """Words with commas between them; empty ones are left out."""
+    return ", ".join(word for word in words if word)
+
+
+def at_angles(report: dict) -> list[float]:
+    """The accuracies on turned digits in a report, in the order of ANGLES."""
+    accuracy = report["rotation"]["accuracy"]
+    return [accuracy[str(angle)] for angle in ANGLES]
 
 
 def make_rows(runs: list[dict]) -> list[dict]:
-    """Runs with their reports -> one row for those that differ only in their seed, sorted.
-
-    Of each figure a row has the mean, its deviation NAME_std (None for one run), and all values.
-    """
-    groups, rows = {}, []
+    """Runs with their reports -> one row for those that differ only in their seed."""
+    groups = {}
     for run in runs:
-        kind = run["config"]["device"].split(":")[0], len(run["history"])  # cpu or cuda
-        settings = tuple(run["config"][name] for name in SETTINGS)
-        groups.setdefault((*kind, *settings), []).append(run)  # alike but for the seed
-    for group in groups.values():
-        if len({run["config"]["seed"] for run in group}) < len(group):
-            folder = group[-1]["folder"]
-            raise UserError(f"{folder} has settings and seed of another run: leave one out")
-        reports = [run["report"] for run in group]
-        row = {"name": describe(group[0]), "n": len(group), "runs": group}
-        row |= {name: group[0]["config"][name] for name in SETTINGS}
-        row |= {k: reports[0][k] for k in ("test_images", "parameters", "flops_per_image")}
-        values = {name: [report[name] for report in reports] for name in ("accuracy", "errors")}
-        values["val_accuracy"] = [run["best"]["val_accuracy"] for run in group]
-        turned = np.array([at_angles(report) for report in reports])  # [runs, angles]
-        for k, angle in enumerate(ANGLES[:6]):  # the mean of either way
-            values[f"turned_{-angle}"] = turned[:, [k, -1 - k]].mean(axis=1).tolist()
-        # The fastest epoch: others may warm up, compile, or share the machine with other work.
-        times = [min(epoch["seconds"] for epoch in run["history"]) for run in group]
-        row["seconds"] = min(times)
-        row["hardware"] = group[times.index(min(times))]["config"]["hardware"]
-        for name, numbers in values.items():
-            row[name] = round(float(np.mean(numbers)), 6)
-            row[f"{name}_std"] = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
-        rows.append(row | {"values": values})  # in the order of the runs
+        groups.setdefault(describe(run), []).append(run)
+    rows = [make_row(name, group) for name, group in groups.items()]
     return sorted(rows, key=lambda row: (row["model"], row["world_size"]))
 
 
-def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown, padded so that it is one in a terminal as well."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]  # in letters
-    lines = [header, ["-" * width for width in widths], *lines]
-    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in padded)
+def make_row(name: str, group: list[dict]) -> dict:
+    """A row of comparison.csv, from runs that differ only in their seed.
+
+    Of each figure it has the mean, NAME, and the standard deviation, NAME_std (None for
+    one run). Its "runs" and "values" are not written: all runs, and all their figures.
+    """
+    seeds = {run["config"]["seed"] for run in group}
+    if len(seeds) < len(group):
+        folder = group[-1]["folder"]
+        raise UserError(f"{folder} has settings and seed of another run: leave one out")
+    row = {"name": name, "n": len(group), "runs": group}
+    for setting in (*NAMED, "train_images", *USUAL):
+        row[setting] = group[0]["config"][setting]
+    for figure in ("test_images", "parameters", "flops_per_image"):
+        row[figure] = group[0]["report"][figure]
+    fastest = min(group, key=fastest_epoch)
+    row["seconds"] = fastest_epoch(fastest)
+    row["hardware"] = fastest["config"]["hardware"]
+    row["values"] = figures_of(group)
+    for figure, values in row["values"].items():
+        row[figure] = round(float(np.mean(values)), 6)
+        row[f"{figure}_std"] = None
+        if len(values) > 1:
+            row[f"{figure}_std"] = float(np.std(values, ddof=1))
+    return row
+
+
+def fastest_epoch(run: dict) -> float:
+    """Its time in seconds. Other epochs may warm up, compile, or share the machine."""
+    return min(epoch["seconds"] for epoch in run["history"])
+
+
+def figures_of(group: list[dict]) -> dict[str, list[float]]:
+    """What is averaged over seeds: of each figure a list, in the order of the runs."""
+    reports = [run["report"] for run in group]
+    figures = {
+        "accuracy": [report["accuracy"] for report in reports],
+        "errors": [report["errors"] for report in reports],
+        "val_accuracy": [run["best"]["val_accuracy"] for run in group],
+    }
+    turned = np.array([at_angles(report) for report in reports])  # [runs, angles]
+    for k, angle in enumerate(ANGLES[:6]):  # -90 ... -15
+        either_way = turned[:, [k, -1 - k]]  # by -90 and by 90 degrees, ...
+        figures[f"turned_{-angle}"] = either_way.mean(axis=1).tolist()
+    return figures
 
 
 def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
-    """What all rows have in common, word by word, and what each row is called beside that."""
-    words = [row["name"].split(", ") for row in rows]
-    shared = [word for word in words[0] if len(rows) > 1 and all(word in name for name in words)]
-    rest = [", ".join(word for word in name if word not in shared) for name in words]
-    usual = [f"usual settings, {row['hardware']}" for row in rows]
-    return shared, [name or other for name, other in zip(rest, usual, strict=True)]
+    """The words that all rows have in common, and a name of each row without them."""
+    wordings = [settings_in_words(row["runs"][0]) for row in rows]
+    common = {}
+    if len(rows) > 1:
+        for setting, words in wordings[0].items():
+            if all(wording[setting] == words for wording in wordings):
+                common[setting] = words
+    names = []
+    for row, wording in zip(rows, wordings, strict=True):
+        own = [words for setting, words in wording.items() if setting not in common]
+        names.append(join(own) or f"usual settings, {row['hardware']}")
+    return list(common.values()), names
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown, padded so that a terminal shows it as a table too."""
+    columns = zip(header, *lines, strict=True)
+    widths = [max(len(cell) for cell in column) for column in columns]
+    rule = ["-" * width for width in widths]
+    text = ""
+    for line in (header, rule, *lines):
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def comparison_text(rows: list[dict]) -> str:
-    """comparison.md: few columns, for a terminal; what all rows have in common stands above."""
-    n, (shared, names), lines = rows[0]["test_images"], short_names(rows), []
-    for row, run in zip(rows, names, strict=True):
-        deviation = f" ± {row['accuracy_std']:.2f}" if row["n"] > 1 else ""
-        test, seconds = f"{row['accuracy']:.2f}{deviation}", f"{row['seconds']:.1f}"
-        interval = "{:.2f}-{:.2f}".format(*wilson(row["accuracy"] / 100 * n, n))
-        lines.append([run, str(row["n"]), test, interval, seconds])
+    """comparison.md. What all rows have in common stands above the table."""
+    n = rows[0]["test_images"]
+    common, names = short_names(rows)
+    lines = []
+    for row, name in zip(rows, names, strict=True):
+        accuracy = f"{row['accuracy']:.2f}"
+        if row["n"] > 1:
+            accuracy += f" ± {row['accuracy_std']:.2f}"
+        low, high = wilson(row["accuracy"] / 100 * n, n)
+        interval = f"{low:.2f}-{high:.2f}"
+        lines.append([name, str(row["n"]), accuracy, interval, f"{row['seconds']:.1f}"])
+    title = join([rows[0]["dataset"], *common])
     return (
-        f"Accuracy on {n:,} test images: {', '.join([rows[0]['dataset'], *shared])}\n\n"
+        f"Accuracy on {n:,} test images: {title}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
-        "n runs that differ only in their seed: mean ± standard deviation; 95 %: the interval\n"
-        "that the images alone leave open; s/epoch: training alone, the fastest epoch\n"
+        "n runs that differ only in their seed: mean ± standard deviation; "
+        "95 %: the interval\nthat the images alone leave open; "
+        "s/epoch: training alone, the fastest epoch\n"
     )
 
 
-# -- 3. The pictures: sized for a slide, colours that colour-blind readers can tell apart ----------
+# -- 3. The pictures ---------------------------------------------------------------
 
-# Okabe and Ito's palette, without its yellow, which is too pale for lines on white
+# Sized for a slide. Colour-blind readers can tell these colours apart: they are Okabe
+# and Ito's, without their yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
-BLUE, RED = COLOURS[:2]
+BLUE = COLOURS[0]
+RED = COLOURS[1]
+ORANGE = COLOURS[4]
 GREY = {"color": "grey", "linestyle": ":"}  # lines to compare with
 TICKS = (1, 10, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99)  # in percent
-plt.rcParams |= {"font.size": 15, "lines.linewidth": 2.5, "axes.grid": True, "grid.alpha": 0.3}
+STEPS = torch.arange(-5, 6) / 20  # added to a number of a capsule: [S17] figure 4
+plt.rcParams["font.size"] = 15
+plt.rcParams["lines.linewidth"] = 2.5
+plt.rcParams["axes.grid"] = True
+plt.rcParams["grid.alpha"] = 0.3
 plt.rcParams["figure.constrained_layout.use"] = True
 
 
@@ -310,172 +434,393 @@ def save(figure, text: str, file: Path) -> None:
     write_file(file, picture.getvalue())
 
 
-def draw_accuracy(axis, x, runs: list, **style) -> None:
-    """Accuracies in percent, a list for each run, over x: their mean as a line, all as a band."""
-    runs = np.clip(runs, TICKS[0], TICKS[-1]) / 100  # on this scale, 0 and 1 lie at infinity:
-    axis.set_yscale("logit")  # log(p / (1 - p)) spaces 90, 99 and 99.9 % evenly
-    axis.plot(x, runs.mean(axis=0), **style)
-    axis.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.15)
-    axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
-    axis.minorticks_off()  # there are enough
-    top = next(t for t in (0.998, 0.9995, 0.99992) if axis.dataLim.y1 < t)  # alike on most slides
-    axis.set(ylim=(min(0.98, 0.99 * axis.dataLim.y0), top), ylabel="accuracy in % (logit scale)")
+def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None):
+    """All pictures of a run that need its report and its lengths, but no weights.
 
-
-def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None) -> None:
-    """All pictures of a run with its report, without its weights. `plain`: see draw_rotation."""
-    report, lengths = run["report"], lengths.astype(np.float32)
+    Lengths are an array [n, 10], images uint8 [n, 28, 28], labels [n]. `plain`: see
+    draw_rotation.
+    """
+    report = run["report"]
+    lengths = lengths.astype(np.float32)  # older runs kept them in float16
+    digits = labels.numpy()
     pictures = {
         "confusion_matrix": draw_confusion(report),
-        "roc": draw_roc(report, lengths, labels.numpy()),
+        "roc": draw_roc(report, lengths, digits),
         "curves": draw_curves(run),
-        "mistakes": draw_mistakes(lengths, labels.numpy(), images.numpy()),
+        "mistakes": draw_mistakes(lengths, digits, images.numpy()),
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
-        "routing": draw_routing(report, images[first_of_each_class(labels, ROUTED)].numpy()),
     }
-    for name, (figure, text) in pictures.items():
-        save(figure, f"{describe(run)}\n{text}", out / f"{name}.png")
+    network = MODELS[run["config"]["model"]]
+    if "coupling_maps" in report and network.place_width is None:
+        pictures["routing"] = draw_coupling_histograms(report)
+    elif "coupling_maps" in report:
+        routed = images[first_of_each_class(labels, ROUTED)]
+        pictures["routing"] = draw_coupling_maps(report, network, routed.numpy())
+    save_all(run, pictures, out)
+
+
+def draw_redrawn(run: dict, model, lengths, images: Tensor, labels: Tensor, out: Path):
+    """The pictures that show what a capsule knows: the model must have a decoder."""
+    pictures = {
+        "reconstructions": draw_reconstructions(model, lengths, images, labels),
+        "perturbations": draw_perturbations(model, images, labels),
+    }
+    save_all(run, pictures, out)
+
+
+def save_all(run: dict, pictures: dict, out: Path) -> None:
+    """Write pictures {name: (figure, title)}, each also with the run's description."""
+    for name, (figure, title) in pictures.items():
+        save(figure, f"{describe(run)}\n{title}", out / f"{name}.png")
 
 
 def draw_confusion(report: dict) -> tuple:
-    """Which digits are taken for which: counts, true by predicted; colour shows the errors only."""
+    """Which digits are mistaken for which: counts, true by predicted.
+
+    Colour shows the errors only.
+    """
     confusion = np.array(report["confusion"])
     wrong = np.where(np.eye(10), 0, confusion)  # without the diagonal
+    # The root makes single errors visible. The darkest colour is still light enough for
+    # black numbers.
+    darkness = np.sqrt(wrong)
     figure, axis = plt.subplots(figsize=(8.5, 9))
-    # The root makes single errors visible; black numbers must be legible on the darkest colour.
-    axis.imshow(np.sqrt(wrong), cmap="Oranges", vmin=0, vmax=1.5 * np.sqrt(wrong.max()) + 1)
+    axis.imshow(darkness, cmap="Oranges", vmin=0, vmax=1.5 * darkness.max() + 1)
     for i, j in np.argwhere(confusion > 0):
         axis.text(j, i, confusion[i, j], ha="center", va="center")
-    axis.set(xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
+    axis.set(xlabel="predicted digit", ylabel="true digit")
+    axis.set(xticks=range(10), yticks=range(10))
     axis.grid(False)
-    return figure, f"{report['errors']} errors (coloured) in {report['test_images']:,} test digits"
+    n = report["test_images"]
+    return figure, f"{report['errors']} errors (coloured) in {n:,} test digits"
 
 
 def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
-    """What a threshold on a length trades: digits found against false alarms, one digit a curve."""
+    """ROC: what a threshold on the length of a digit's capsule trades.
+
+    A lower threshold finds more of these digits (true positives), and mistakes more
+    other digits for them (false positives).
+    """
+    auc = np.array(report["auc"])
+    # The false positive rates to draw at. Their axis is logarithmic and has no 0.
+    rates = np.geomspace(0.5 / len(labels), 1, 1000)
+    curves = []
     figure, axis = plt.subplots(figsize=(11, 7))
-    auc, curves = np.array(report["auc"]), []
-    rates = np.geomspace(0.5 / len(labels), 1, 1000)  # of false alarms; a log axis has no 0
     for rank, digit in enumerate(auc.argsort()):  # the worst first
         false, true, _ = metrics.roc_curve(labels == digit, lengths[:, digit])
-        curves.append(100 * true[np.searchsorted(false, rates, side="right") - 1])  # a step
-        style = {"color": "lightgrey", "zorder": 1}
+        # The curve is a staircase: at each rate, the last step that begins before it
+        steps = np.searchsorted(false, rates, side="right") - 1
+        curve = 100 * true[steps]
         if rank < 3:
-            style = {"color": COLOURS[rank], "label": f"digit {digit}: AUC {auc[digit]:.5f}"}
-        axis.plot(100 * rates, curves[-1], **style)
-    axis.plot(100 * rates, np.mean(curves, axis=0), "k--", label=f"mean: AUC {auc.mean():.5f}")
-    # Near-perfect curves hug one corner: only that is shown, down to where the worst one begins.
-    corner = min(curve[rates < 0.002].max() for curve in curves)
-    axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(max(0, 2 * corner - 100.5), 100.1))
-    axis.set(xlabel="false alarms: other digits taken for this one, in %", ylabel="found, in %")
+            label = f"digit {digit}: AUC {auc[digit]:.5f}"
+            axis.plot(100 * rates, curve, color=COLOURS[rank], label=label)
+        else:
+            axis.plot(100 * rates, curve, color="lightgrey", zorder=1)
+        curves.append(curve)
+    mean = np.mean(curves, axis=0)
+    axis.plot(100 * rates, mean, "k--", label=f"mean: AUC {auc.mean():.5f}")
+    # Near-perfect curves lie in the upper corner. Only that is shown, down to where the
+    # worst curve begins.
+    starts = [curve[rates < 0.002].max() for curve in curves]
+    bottom = max(0, 2 * min(starts) - 100.5)
+    axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(bottom, 100.1))
+    axis.set_xlabel("false positive rate (other digits mistaken for this one), in %")
+    axis.set_ylabel("true positive rate (found), in %")
     axis.xaxis.set_major_formatter("{x:g}")  # 0.01, not 10^-2
     axis.legend(title="the three worst; others grey")
     return figure, "ROC: one digit against the rest"
 
 
 def draw_curves(run: dict) -> tuple:
-    """How training went. Validation may look better: its digits are not augmented, and it comes
-    after the epoch. The gap to training grows when digits are learned by heart."""
+    """How training went. If the network overfits, the gap between both curves grows.
+
+    Validation may look better than training: its digits are not augmented, and it comes
+    after the epoch.
+    """
+    history = run["history"]
+    best = run["best"]
+    epochs = range(1, len(history) + 1)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
-    history, best = run["history"], run["best"]
-    for part, label, colour in (("train", "training", BLUE), ("val", "validation", RED)):
-        loss, accuracy = ([row[f"{part}_{of}"] for row in history] for of in ("loss", "accuracy"))
+    parts = (("train", "training", BLUE), ("val", "validation", RED))
+    for part, label, colour in parts:
         style = {"color": colour, "marker": "o", "label": label}
-        left.plot(range(1, len(history) + 1), loss, **style)
-        draw_accuracy(right, range(1, len(history) + 1), [accuracy], **style)
-    left.set(yscale="log", ylabel="margin loss (logarithmic)")
+        loss = [row[f"{part}_loss"] for row in history]
+        accuracy = [row[f"{part}_accuracy"] for row in history]
+        left.plot(epochs, loss, **style)
+        draw_accuracy(right, epochs, [accuracy], **style)
+    kind = "margin loss"
+    if run["config"]["reconstruction"] > 0:
+        kind = "margin and decoder loss"
+    left.set(yscale="log", ylabel=f"{kind} (logarithmic)")
     for axis in (left, right):
         axis.axvline(best["epoch"], label="kept: best.pt", **GREY)
         axis.locator_params(axis="x", integer=True)
         axis.set_xlabel("epoch")
     left.legend()
-    return figure, f"validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}"
+    accuracy = f"{best['val_accuracy']:.2f} %"
+    return figure, f"validation accuracy {accuracy} in epoch {best['epoch']}"
+
+
+def draw_accuracy(axis, x, runs: list[list[float]], **style) -> None:
+    """Accuracies in percent over x, a list for each run: their mean, and all as a band.
+
+    The logit scale, log(p / (1 - p)), spaces 90, 99 and 99.9 % evenly.
+    """
+    # On this scale 0 and 1 lie at infinity.
+    p = np.clip(runs, TICKS[0], TICKS[-1]) / 100
+    axis.set_yscale("logit")
+    axis.plot(x, p.mean(axis=0), **style)
+    low = p.min(axis=0)
+    high = p.max(axis=0)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.15)
+    axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
+    axis.minorticks_off()  # there are enough
+    # Few different tops, so that most slides have the same one
+    tops = [top for top in (0.998, 0.9995, 0.99992) if axis.dataLim.y1 < top]
+    bottom = min(0.98, 0.99 * axis.dataLim.y0)
+    axis.set(ylim=(bottom, tops[0]), ylabel="accuracy in % (logit scale)")
+
+
+def worst_mistakes(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Indices of all mistakes; first those whose longest capsule is longer by most."""
+    wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
+    true = lengths[wrong, labels[wrong]]  # the length of the true digit's capsule
+    excess = lengths[wrong].max(axis=1) - true
+    return wrong[np.argsort(-excess, kind="stable")]
 
 
 def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -> tuple:
     """The worst mistakes, as many as fit on a page: would YOU have known?"""
-    wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
-    excess = lengths[wrong].max(axis=1) - lengths[wrong, labels[wrong]]  # over the right capsule
-    worst = wrong[np.argsort(-excess, kind="stable")][:48]
+    wrong = worst_mistakes(lengths, labels)
+    worst = wrong[:48]
     rows = math.ceil(max(1, len(worst)) / 8)  # of the page
     figure = plt.figure(figsize=(11, 1.2 + 1.75 * rows))
     for place, index in enumerate(worst, start=1):
+        true = labels[index]
+        answer = lengths[index].argmax()
+        true_length = lengths[index, true]
+        length = lengths[index, answer]
         axis = figure.add_subplot(rows, 8, place, xticks=[], yticks=[])
-        row, true, taken = lengths[index], labels[index], lengths[index].argmax()
         axis.imshow(images[index], cmap="gray_r")
-        axis.set_title(f"{true} → {taken}\n{row[true]:.2f} → {row[taken]:.2f}", fontsize=14)
-    text = f"the worst {len(worst)} of {len(wrong)} mistakes in {len(labels):,} test digits: "
-    return figure, f"{text}\ntrue → predicted class, and the lengths of both capsules"
+        title = f"{true} → {answer}\n{true_length:.2f} → {length:.2f}"
+        axis.set_title(title, fontsize=14)
+    mistakes = f"{len(wrong)} mistakes in {len(labels):,} test digits"
+    return figure, (
+        f"the worst {len(worst)} of {mistakes}: \n"
+        "true → predicted class, and the lengths of both capsules"
+    )
 
 
-def draw_rotation(report: dict, trained: float, plain: list | None) -> tuple:
-    """How far a network, and a plain CNN, generalise to angles that they have not been shown."""
-    values, n = at_angles(report), report["rotation"]["images"]
-    low, high = np.transpose([wilson(value * n / 100, n) for value in values])
+def draw_rotation(report: dict, trained: float, plain: list[float] | None) -> tuple:
+    """How far a network generalises to angles that it has not been shown.
+
+    It was trained with up to ±`trained` degrees. `plain` holds the accuracies of a plain
+    CNN at the ANGLES, to compare with.
+    """
+    values = at_angles(report)
+    n = report["rotation"]["images"]
+    intervals = [wilson(value * n / 100, n) for value in values]
+    low, high = np.transpose(intervals)  # [angles, 2] -> [2, angles]
     figure, axis = plt.subplots(figsize=(11, 7))
-    axis.axvspan(-trained, trained, color="#E69F00", alpha=0.3, label=f"trained: ±{trained:g}°")
-    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label="95 %, images alone")
+    label = f"trained: ±{trained:g}°"
+    axis.axvspan(-trained, trained, color=ORANGE, alpha=0.3, label=label)
+    label = "95 %, images alone"
+    axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label=label)
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
     if plain:
         axis.plot(ANGLES, plain, "k--", label="plain CNN")
     axis.axhline(10, label="guessing", **GREY)  # ten digits
-    axis.set(xlabel="rotation in degrees (positive: counter-clockwise)", ylabel="accuracy in %")
-    axis.set(xticks=ANGLES[::2], ylim=(0, 103), xlim=(-92, 92))  # points on the edge stay whole
+    axis.set_xlabel("rotation in degrees (positive: counter-clockwise)")
+    axis.set_ylabel("accuracy in %")
+    axis.set(xticks=ANGLES[::2], ylim=(0, 103))
+    axis.set_xlim(-92, 92)  # points on the edge stay whole
     axis.legend(loc="lower center")
     return figure, f"accuracy on {n:,} turned test digits"
 
 
-def draw_routing(report: dict, images: np.ndarray) -> tuple:
-    """What routing has done: WHERE capsules have turned to the true digit, or HOW MANY have."""
-    maps, histograms = np.array(report["coupling_maps"]), report["coupling_histograms"]
-    if maps.shape[1] > 4:  # [10, 9 * 9]: the mean of a class at each place, outlined its mean image
-        figure, axes = plt.subplots(2, 5, figsize=(13, 6))
-        most = np.abs(maps - 0.1).max() + 1e-5
-        means = images.reshape(10, -1, 28, 28).mean(axis=1)  # images come class by class
-        places = 28 / 78 * 8 * np.arange(10)  # a place is 8 of 78 pixels wide
-        for digit, (axis, values) in enumerate(zip(axes.flat, maps, strict=True)):
-            norm = {"vmin": 0.1 - most, "vmax": 0.1 + most}  # around an equal share, in white
-            shown = axis.pcolormesh(places, places, values.reshape(9, 9), cmap="RdBu_r", **norm)
-            axis.contour(means[digit], [80], colors="black")
-            axis.set(title=digit, xticks=[], yticks=[], xlim=(0, 27), ylim=(27, 0))
-        figure.colorbar(shown, ax=axes, label="coupling to the true digit")
-    else:
-        figure, axis = plt.subplots(figsize=(11, 7))
-        for values, label, colour in zip(histograms, ("true digit", "nine others"), (RED, BLUE)):
-            axis.stairs(values, EDGES, fill=True, alpha=0.5, color=colour, label=f"to the {label}")
-        axis.axvline(0.1, label="equal share", **GREY)
-        axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)", yscale="log")
-        axis.set_xlim(0, EDGES[np.flatnonzero(histograms[0]).max() + 1])  # the last bin in use
-        axis.legend()
+def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
+    """WHERE capsules have turned to the true digit: a map for each digit.
+
+    Its outline is that of the mean image. The images come class by class.
+    """
+    maps = np.array(report["coupling_maps"])  # [10, places]
+    side = network.map_side
+    maps = maps.reshape(10, side, side)
+    means = images.reshape(10, -1, 28, 28).mean(axis=1)
+    # Where a place begins and ends, in pixels of the 28x28 image
+    edges = 28 / network.side * network.place_width * np.arange(side + 1)
+    # Colours say how far a coupling is from an equal share, which is white.
+    most = np.abs(maps - 0.1).max() + 1e-5
+    figure, axes = plt.subplots(2, 5, figsize=(13, 6))
+    for digit, axis in enumerate(axes.flat):
+        shown = axis.pcolormesh(
+            edges, edges, maps[digit], cmap="RdBu_r", vmin=0.1 - most, vmax=0.1 + most
+        )
+        axis.contour(means[digit], [80], colors="black")
+        axis.set(title=digit, xticks=[], yticks=[])
+        axis.set(xlim=(0, 27), ylim=(27, 0))  # row 0 is at the top
+    figure.colorbar(shown, ax=axes, label="coupling to the true digit")
+    return figure, routing_title(report)
+
+
+def draw_coupling_histograms(report: dict) -> tuple:
+    """HOW MANY capsules have turned to the true digit."""
+    to_true, to_others = report["coupling_histograms"]
+    figure, axis = plt.subplots(figsize=(11, 7))
+    style = {"fill": True, "alpha": 0.5}
+    axis.stairs(to_true, EDGES, color=RED, label="to the true digit", **style)
+    axis.stairs(to_others, EDGES, color=BLUE, label="to the nine others", **style)
+    axis.axvline(0.1, label="equal share", **GREY)
+    axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)")
+    axis.set_yscale("log")
+    last_bin = np.flatnonzero(to_true).max()
+    axis.set_xlim(0, EDGES[last_bin + 1])
+    axis.legend()
+    return figure, routing_title(report)
+
+
+def routing_title(report: dict) -> str:
     means = " → ".join(f"{value:.3f}" for value in report["coupling_to_true"])
-    return figure, f"mean coupling to the true digit, iteration by iteration: {means}"
+    return f"mean coupling to the true digit, iteration by iteration: {means}"
+
+
+@torch.inference_mode()
+def digit_capsules(model, images: Tensor) -> Tensor:
+    """uint8 [n, 28, 28] -> the digit capsules [n, J, D], on the model's device."""
+    capsules = []
+    for batch in images.to(device_of(model)).split(BATCH):
+        capsules.append(model(images_to_input(batch, model)))
+    return torch.cat(capsules)
+
+
+@torch.inference_mode()
+def redraw(model, images: Tensor) -> Tensor:
+    """What the decoder draws from the longest capsule, which is the network's answer.
+
+    uint8 [n, 28, 28] -> [n, 28, 28] in 0..1 (0 is black), on the CPU.
+    """
+    capsules = digit_capsules(model, images)
+    answers = model.scores(capsules).argmax(dim=1)
+    return decode(model, capsules, answers)
+
+
+def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
+    """Draw from the capsules of `digits` [n]: [n, J, D] -> [n, 28, 28], on the CPU."""
+    drawn = model.decoder(capsules, digits.to(capsules.device))  # [n, 1, 28, 28]
+    return drawn.squeeze(1).cpu()
+
+
+@torch.inference_mode()
+def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tuple:
+    """Ten digits and the worst mistakes, redrawn from one capsule each.
+
+    If the network is wrong, the true digit's capsule is not the longest one. If it has
+    almost no length, its drawing is a blur of all digits.
+    """
+    ten = first_of_each_class(labels, 1)
+    mistakes = torch.from_numpy(worst_mistakes(lengths, labels.numpy()))
+    shown = torch.cat([ten, mistakes[:4]])
+    true = labels[shown]
+    inputs = images_to_input(images[shown].to(device_of(model)), model)
+    capsules = digit_capsules(model, images[shown])
+    answers = model.scores(capsules).argmax(dim=1).cpu()
+    rows = {
+        "input": model.target(inputs).squeeze(1).cpu(),
+        "true digit's\ncapsule": decode(model, capsules, true),
+        "longest\ncapsule": decode(model, capsules, answers),
+    }
+    columns = []
+    for digit, answer in zip(true.tolist(), answers.tolist(), strict=True):
+        columns.append(f"{digit}" if digit == answer else f"{digit} → {answer}")
+    drawings = torch.stack(list(rows.values()))  # [3, n, 28, 28]
+    figure = draw_grid(drawings, list(rows), columns, figsize=(13, 3.7))
+    numbers = f"the {model.digits.D} numbers of one capsule"
+    return figure, f"redrawn from {numbers} (right: mistakes, true → predicted)"
+
+
+@torch.inference_mode()
+def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
+    """One number of a capsule is moved, and the capsule redrawn: [S17] figure 4.
+
+    For each digit it is the number that changes the drawing most.
+    """
+    ten = first_of_each_class(labels, 1)
+    capsules = digit_capsules(model, images[ten])  # [10, J, D]
+    drawings = []
+    rows = []
+    for digit in range(10):
+        drawn = move_each_number(model, capsules[digit], digit)  # [D, steps, 28, 28]
+        change = (drawn[:, -1] - drawn[:, 0]).abs().mean(dim=(1, 2))  # [D]
+        most = int(change.argmax())
+        drawings.append(drawn[most])
+        rows.append(f"no. {most}")
+    columns = [f"{step:+.2f}" for step in STEPS]
+    figure = draw_grid(torch.stack(drawings), rows, columns, figsize=(12, 11))
+    D = model.digits.D
+    number = f"one of the capsule's {D} numbers (no. 0 to {D - 1})"
+    return figure, f"each row: {number} is changed by"
+
+
+def move_each_number(model, capsules: Tensor, digit: int) -> Tensor:
+    """The capsules [J, D] of one image -> drawings [D, steps, 28, 28] on the CPU.
+
+    For drawing [k, s], STEPS[s] was added to number k of the digit's capsule.
+    """
+    D = capsules.shape[1]
+    moved = capsules.repeat(D, len(STEPS), 1, 1)  # [J, D] -> [D, steps, J, D]
+    for k in range(D):
+        moved[k, :, digit, k] += STEPS.to(capsules.device)
+    moved = moved.flatten(0, 1)  # -> [D * steps, J, D]
+    digits = torch.full([len(moved)], digit)
+    drawn = decode(model, moved, digits)  # -> [D * steps, 28, 28]
+    return drawn.unflatten(0, (D, len(STEPS)))
+
+
+def draw_grid(drawings: Tensor, rows: list[str], columns: list[str], figsize: tuple):
+    """A figure of drawings [rows, columns, 28, 28] in 0..1, as ink on paper."""
+    framed = nn.functional.pad(drawings, (1, 1, 1, 1), value=0.3)  # a grey frame: 30x30
+    # [rows, columns, 30, 30] -> [rows, 30, columns, 30] -> [rows * 30, columns * 30]
+    page = framed.permute(0, 2, 1, 3)
+    page = page.reshape(30 * len(rows), 30 * len(columns))
+    figure, axis = plt.subplots(figsize=figsize)
+    axis.imshow(page.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_xticks(30 * np.arange(len(columns)) + 14.5, columns)  # places, labels
+    axis.set_yticks(30 * np.arange(len(rows)) + 14.5, rows)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.grid(False)
+    return figure
 
 
 def draw_comparison(rows: list[dict], file: Path) -> None:
-    """Fewer epochs are not always less time: accuracy over both; a band holds a row's seeds."""
-    rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]  # whole runs
+    """Validation accuracy over epochs and over time; a band holds a row's seeds.
+
+    Fewer epochs are not always less time. Only finished runs are drawn.
+    """
+    rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]
     if not rows:
         return
+    common, names = short_names(rows)
     figure, axes = plt.subplots(1, 2, figsize=(13, 6 + 0.3 * len(rows)), sharey=True)
-    shared, names = short_names(rows)
+    left, right = axes
     for k, (row, name) in enumerate(zip(rows, names, strict=True)):
-        curves = [[epoch["val_accuracy"] for epoch in run["history"]] for run in row["runs"]]
-        style = {
-            "color": COLOURS[k % 7],
-            "marker": "os^vD"[k % 5],
-            "label": f"{name}, n = {row['n']}",
-        }
+        curves = []
+        for run in row["runs"]:
+            curves.append([epoch["val_accuracy"] for epoch in run["history"]])
+        style = {"color": COLOURS[k % 7], "marker": "os^vD"[k % 5]}
+        style["label"] = f"{name}, n = {row['n']}"
         epochs = np.arange(1, row["epochs"] + 1)
-        draw_accuracy(axes[0], epochs, curves, **style)
-        draw_accuracy(axes[1], epochs * row["seconds"] / 60, curves, **style)
-    axes[0].locator_params(axis="x", integer=True)
-    axes[0].set_xlabel("epoch")
-    axes[1].set(xlabel="minutes, each epoch like the fastest", xlim=(0, None), ylabel="")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")  # below both
-    save(figure, f"Validation accuracy over epochs and over time\n{', '.join(shared)}", file)
+        minutes = epochs * row["seconds"] / 60
+        draw_accuracy(left, epochs, curves, **style)
+        draw_accuracy(right, minutes, curves, **style)
+    left.locator_params(axis="x", integer=True)
+    left.set_xlabel("epoch")
+    right.set(xlabel="minutes, each epoch like the fastest", xlim=(0, None), ylabel="")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center")  # below both
+    save(figure, f"Validation accuracy over epochs and over time\n{join(common)}", file)
 
 
-# -- 4. Your own digits ----------------------------------------------------------------------------
+# -- 4. Your own digits -----------------------------------------------------------
 
 
 def read_digit(file: Path) -> np.ndarray:
@@ -521,68 +866,95 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
     save(figure, describe(run), out / "own-digits.png")
 
 
-# -- 5. Main ---------------------------------------------------------------------------------------
+# -- 5. Main -----------------------------------------------------------------------
 
 
 def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
-    """Print the report of a run, and write it to `out` with all pictures."""
-    folder, config = run["folder"], run["config"]
-    images, labels = load(config["dataset"], args.data_dir or config["data_dir"], "test")
-    if (folder / "best.pt").exists():
-        model, chosen = load_network(run, args.device), first_of_each_class(labels, ROUTED)
+    """Print the report of a run, and write it to `out` with all pictures.
+
+    The report of an archived run stays as it is: only its pictures are written.
+    """
+    config = run["config"]
+    data_dir = args.data_dir or config["data_dir"]
+    images, labels = load(config["dataset"], data_dir, "test")
+    model = load_network(run, args.device) if weights_file(run) else None
+    if is_archived(run):
+        lengths = read_lengths(run, labels.numpy())
+    else:
         run["report"], lengths = measure(run, model, images, labels)
-        places = PLACES[config["model"]]
-        run["report"] |= routing_summary(model, images[chosen], labels[chosen], places)
-        # Half the bytes, unless rounding makes two lengths equal and so changes an answer
-        short = lengths.astype(np.float16)
-        lengths = short if (short.argmax(axis=1) == lengths.argmax(axis=1)).all() else lengths
-    else:  # an archived run
-        lengths = np.load(folder / "lengths.npy")
-    print(report_text(run))
-    write_file(out / "report.json", json.dumps(run["report"]).replace(', "', ',\n "').encode())
-    buffer = io.BytesIO()
-    np.save(buffer, lengths)
-    write_file(out / "lengths.npy", buffer.getvalue())
+        routed = first_of_each_class(labels, ROUTED)
+        run["report"] |= routing_summary(model, images[routed], labels[routed])
+        write_json(out / "report.json", run["report"])
+        write_lengths(out / "lengths.npy", lengths)
+    print(report_text(run, labels.numpy(), lengths.argmax(axis=1)))
     draw_all(run, lengths, images, labels, out)
+    if model is not None and model.decoder is not None:
+        draw_redrawn(run, model, lengths, images, labels, out)
 
 
 def compare(runs: list[dict], out: Path) -> None:
     """The table of several runs, printed and written."""
-    missing = [run["folder"] for run in runs if run["report"] is None]
-    if missing:
-        first = f"first run python evaluate.py {missing[0]}"
-        raise UserError(f"{missing[0]} has no report of its best epoch: {first}")
-    if len({run["config"]["dataset"] for run in runs}) > 1:
-        raise UserError("accuracies on mnist and on digits cannot be compared")
+    for run in runs:
+        if run["report"] is None:
+            folder = run["folder"]
+            hint = f"first run python evaluate.py {shell_path(folder)}"
+            raise UserError(f"{folder} has no report of its best epoch: {hint}")
+        if run["config"]["dataset"] != runs[0]["config"]["dataset"]:
+            raise UserError("accuracies on mnist and on digits cannot be compared")
     rows = make_rows(runs)  # several seeds: one row
-    print(comparison_text(rows))
-    write_file(out / "comparison.md", comparison_text(rows).encode())
+    text = comparison_text(rows)
+    print(text)
+    write_file(out / "comparison.md", text.encode())
     columns = [name for name in rows[0] if name not in ("runs", "values")]
-    table, lines = io.StringIO(), [[row[name] for name in columns] for row in rows]
-    csv.writer(table, lineterminator="\n").writerows([columns, *lines])
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_file(out / "comparison.csv", table.getvalue().encode())
     draw_comparison(rows, out / "comparison.png")
 
 
-def main() -> None:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=style, allow_abbrev=False
-    )
-    flag, file = parser.add_argument, lambda text: Path(train_single.nonempty_path(text))
-    flag("runs", nargs="+", type=file, metavar="RUN", help="folder of a run")
-    flag("--image", nargs="+", type=file, metavar="FILE", help="own digits")
-    flag("--out", type=file, metavar="DIR", help="write here and nowhere else")
-    flag("--data-dir", type=file, metavar="DIR", help="holds MNIST/raw; else as in training")
-    flag("--device", help="cpu, cuda, cuda:1 ...; else the GPU where there is one")
+def read_arguments() -> argparse.Namespace:
+    """The command line. UserError if it makes no sense."""
+    parser = train_single.Parser(__doc__)
+    flag = parser.add_argument
+    flag("runs", nargs="+", type=some_path, metavar="RUN", help="folder of a run")
+    flag("--image", nargs="+", type=some_path, metavar="FILE", help="own digits")
+    flag("--out", type=some_path, metavar="DIR", help="write here and nowhere else")
+    data_help = "holds MNIST/raw; default: as in training"
+    flag("--data-dir", type=some_path, metavar="DIR", help=data_help)
+    device_help = "cpu, cuda, cuda:1 ...; default: the GPU if there is one"
+    flag("--device", help=device_help)
+    parser.set_defaults(image=None, out=None, data_dir=None, device=None)
     args = parser.parse_args()
-    if len({folder.resolve() for folder in args.runs}) < len(args.runs):
+    folders = {folder.resolve() for folder in args.runs}
+    if len(folders) < len(args.runs):
         parser.error("the same run is given twice")
     if len(args.runs) > 1 and args.image:
         parser.error("--image goes with one run")
-    args.device = train_single.find_device(args.device)  # or one line of what is wrong
+    args.device = train_single.find_device(args.device)
+    return args
+
+
+def some_path(text: str) -> Path:
+    """A type for argparse."""
+    return Path(train_single.nonempty_path(text))
+
+
+def usual_folder(runs: list[dict]) -> Path:
+    """Where the files go without --out. An archived run's folder stays as it is."""
+    if len(runs) > 1:
+        return Path("runs/comparison")
+    folder = runs[0]["folder"]
+    if is_archived(runs[0]):
+        return Path("runs") / f"{folder.resolve().name}-evaluated"
+    return folder
+
+
+def main() -> None:
+    args = read_arguments()
     runs = [read_run(folder) for folder in args.runs]
-    out = args.out or (Path("runs/comparison") if len(runs) > 1 else args.runs[0])
+    out = args.out or usual_folder(runs)
     out.mkdir(parents=True, exist_ok=True)
     if args.image:
         read_own_digits(runs[0], args, out)
@@ -593,6 +965,241 @@ def main() -> None:
     print(f"written to {out}")
 
 
+# -- 6. The files of a run, and how they are checked -------------------------------
+
+# Examples of what the files hold: see check_like. None stands for anything.
+SETTINGS = train_single.DEFAULTS | {  # config.json
+    "model": "alexcaps",
+    "device": "cpu",
+    "hardware": "2 CPU threads",
+    "train_images": 55_000,
+}
+EPOCH = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+REPORT = {  # report.json
+    "kept_epoch": 20,
+    "kept_val_accuracy": 99.0,
+    "parameters": 2_677_696,
+    "flops_per_image": 261_220_352,
+    "test_images": 10_000,
+    "errors": 100,
+    "accuracy": 99.0,
+    "interval_95": [98.8, 99.2],
+    "auc": np.ones(10),
+    "confusion": np.ones((10, 10), dtype=int),
+}
+
+
+def check_like(values: dict, examples: dict) -> None:
+    """ValueError unless each value has the type and the shape of its example.
+
+    Numbers must also be finite and at least 0. For a float, a whole number will do.
+    """
+    for name, example in examples.items():
+        if example is None:
+            continue
+        expected = np.array(example)
+        found = np.array(values[name])
+        kind = found.dtype.kind  # i: int, f: float, b: bool, U: text
+        if kind == "i" and expected.dtype.kind == "f":
+            kind = "f"
+        fits = kind == expected.dtype.kind and found.shape == expected.shape
+        if fits and kind in "if":
+            fits = np.all((found >= 0) & (found < 1e15))  # nan is not
+        if not fits:
+            raise ValueError(f"{name} is {values[name]!r:.60}")
+
+
+def read_run(folder: Path) -> dict:
+    """A run's folder, config (settings), history (of epochs), best epoch and report.
+
+    The report is None if it is missing or of an earlier epoch, and best.pt is there to
+    make a new one. UserError if the folder holds no run, or a damaged one.
+    """
+    config = read_checked(folder / "config.json", parse_config)
+    if config["model"] not in MODELS:
+        hint = "plain ones: python -m results.plain evaluate.py RUN"
+        raise UserError(f"{folder} is of another network, {config['model']} ({hint})")
+    history = read_checked(folder / "metrics.csv", parse_history)
+    if not history:
+        raise UserError(f"{folder} has no finished epoch yet: continue its training")
+    # The row of best.pt: of equal ones the earliest
+    best = max(history, key=lambda row: row["val_accuracy"])
+    run = {"folder": folder, "config": config, "history": history, "best": best}
+    run["report"] = None
+    if (folder / "report.json").exists():
+        network = MODELS[config["model"]]
+        report = read_checked(folder / "report.json", parse_report, network)
+        kept = (report["kept_epoch"], report["kept_val_accuracy"])
+        if kept == (best["epoch"], best["val_accuracy"]):
+            run["report"] = report
+    if run["report"] is None and is_archived(run):
+        raise UserError(f"{folder} has neither best.pt nor a report of its best epoch")
+    return run
+
+
+def read_checked(file: Path, parse, *more):
+    """parse(content of the file, *more). UserError if it is missing or damaged."""
+    try:
+        return parse(file.read_bytes(), *more)
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} holds no run: {file.name} is missing") from None
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
+        reason = str(error)
+    raise UserError(f"{file} is damaged, or not of a run: {reason}")
+
+
+def parse_config(content: bytes) -> dict:
+    """config.json -> the settings. Older runs lack some: they had the defaults."""
+    config = train_single.DEFAULTS | json.loads(content)
+    check_like(config, SETTINGS)
+    if config["dataset"] not in VALIDATION_SIZE:
+        raise ValueError(f"dataset is {config['dataset']!r:.60}")
+    return config
+
+
+def parse_history(content: bytes) -> list[dict]:
+    """metrics.csv -> a row of numbers for each epoch."""
+    history = []
+    lines = io.StringIO(content.decode(), newline="")
+    for epoch, texts in enumerate(csv.DictReader(lines), start=1):
+        row = {name: float(text) for name, text in texts.items()}
+        check_like(row, dict.fromkeys(EPOCH, 99.5))
+        row["epoch"] = epoch  # a whole number
+        history.append(row)
+    return history
+
+
+def parse_report(content: bytes, network) -> dict:
+    """report.json -> the figures. A plain network's report has none of routing."""
+    report = json.loads(content)
+    check_like(report, REPORT)
+    turned = {"rotation": at_angles(report), "images": report["rotation"]["images"]}
+    check_like(turned, {"rotation": [99.0] * len(ANGLES), "images": 1000})
+    if max(report["accuracy"], *turned["rotation"]) > 100:
+        raise ValueError("an accuracy is above 100 %")
+    if min(report["test_images"], turned["images"]) < 1:
+        raise ValueError("it is of no images")
+    if "coupling_maps" in report:
+        routing = {
+            "coupling_to_true": [0.1] * len(report["coupling_to_true"]),
+            "coupling_maps": np.ones((10, network.map_side**2)),
+            "coupling_histograms": np.ones((2, len(EDGES) - 1)),
+        }
+        check_like(report, routing)
+    return report
+
+
+def read_lengths(run: dict, labels: np.ndarray) -> np.ndarray:
+    """lengths.npy of an archived run, [n, 10] for n labels: see predict.
+
+    UserError if it is missing, damaged, or of another run than report.json.
+    """
+    file = run["folder"] / "lengths.npy"
+    if not file.exists():
+        hint = "the run can be compared, but its pictures cannot be drawn"
+        raise UserError(f"{file} is missing: {hint}")
+    lengths = read_checked(file, parse_lengths)
+    if len(lengths) == len(labels):
+        confusion = confusion_matrix(labels, lengths.argmax(axis=1))
+        if confusion.tolist() == run["report"]["confusion"]:
+            return lengths
+    raise UserError(f"{file} is of another run than the report.json beside it")
+
+
+def parse_lengths(content: bytes) -> np.ndarray:
+    """lengths.npy -> [n, 10]. Older runs kept float16."""
+    with suppress(Exception):  # a damaged file makes NumPy fail in any way at all
+        lengths = np.load(io.BytesIO(content), allow_pickle=False)
+        all_floats = lengths.dtype in (np.float16, np.float32)
+        if all_floats and lengths.shape[1:] == (10,) and np.isfinite(lengths).all():
+            return lengths
+    raise ValueError("it does not hold ten lengths for each image")
+
+
+def is_archived(run: dict) -> bool:
+    """Whether only the report of a run was kept, not its best.pt."""
+    return not (run["folder"] / "best.pt").exists()
+
+
+def weights_file(run: dict) -> Path | None:
+    """best.pt of a run; if it is archived, weights.pt; None if it has neither."""
+    for name in ("best.pt", "weights.pt"):
+        if (run["folder"] / name).exists():
+            return run["folder"] / name
+    return None
+
+
+def load_network(run: dict, device: torch.device) -> nn.Module:
+    """The network of a run with the weights of its best epoch, ready to evaluate.
+
+    best.pt has them in float32. weights.pt has them rounded to float16: good enough to
+    draw and to read own digits, but no figure of a report comes from it.
+    """
+    # Training may use TF32 on a GPU. A report may not: it has 10 bits of mantissa
+    # instead of 23.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    file = weights_file(run)
+    if file is None:
+        hint = "choose a run with best.pt or weights.pt"
+        raise UserError(f"{run['folder']} has figures, but no weights: {hint}")
+    if file.name == "best.pt":
+        checkpoint = train_single.load_checkpoint(file)
+        if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
+            hint = "resume the run first"
+            raise UserError(f"{file} is not of the best epoch in metrics.csv: {hint}")
+        weights = checkpoint["model"]
+    else:
+        weights = read_half_weights(file)
+    model = train_single.make_network(run["config"])
+    try:
+        model.load_state_dict(weights)  # into float32, whatever the file has
+    except (RuntimeError, TypeError, AttributeError):  # other names or shapes
+        hint = "is one of them from another run, or of other code?"
+        text = f"{file} does not fit the network of the config.json beside it: {hint}"
+        raise UserError(text) from None
+    # [B, H, W, C] in memory is faster.
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def half_weights(model: nn.Module) -> bytes:
+    """The content of weights.pt: float16, which takes half the bytes of float32."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():  # BatchNorm's count of batches is not
+            tensor = tensor.half()
+        weights[name] = tensor.cpu()
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def read_half_weights(file: Path) -> dict:
+    """The weights in a weights.pt. UserError if it is damaged or something else."""
+    content = io.BytesIO(file.read_bytes())
+    with suppress(Exception):  # a damaged file makes the reader fail in any way at all
+        damaged = zipfile.ZipFile(content).testzip()  # torch.load ignores checksums
+        content.seek(0)
+        if damaged is None:
+            return torch.load(content, map_location="cpu", weights_only=True)
+    raise UserError(f"{file} is damaged, or holds no weights")
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Write JSON with one line for each key."""
+    lines = [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
+    text = "{" + ",\n ".join(lines) + "}\n"
+    write_file(file, text.encode())
+
+
+def write_lengths(file: Path, lengths: np.ndarray) -> None:
+    """Write an array, as all files are written, in one piece."""
+    buffer = io.BytesIO()
+    np.save(buffer, lengths)
+    write_file(file, buffer.getvalue())
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a file's name may hold what cannot be printed
     train_single.run_main(main)

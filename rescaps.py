@@ -43,6 +43,9 @@ class ResCapsNet(CapsuleNetwork):
     # Departure 1: the input is standardised. The report's lies in 0..1.
     mean = 0.1307
     std = 0.3081
+    # The primary capsules sit at 9x9 places, 8 pixels apart. Each place sees 17x17.
+    map_side = 9
+    place_width = 8
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         # Departure 2: no bias in the first convolution, because BatchNorm follows. The

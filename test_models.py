@@ -1229,47 +1229,139 @@ def test_threads_of_a_rank(monkeypatch):
 
 
 def test_metrics_by_hand():
-    """Two images of each digit, all right but one 4, which is taken for a 9."""
+    """Two images of each digit, all right but one 4, which is mistaken for a 9."""
     labels = np.repeat(np.arange(10), 2)
     lengths = np.full((20, 10), 0.1)
     lengths[np.arange(20), labels] = 0.9
-    lengths[9, 4], lengths[9, 9] = 0.5, 0.9
+    lengths[9, 4] = 0.5
+    lengths[9, 9] = 0.9
     report = evaluate.classification_metrics(lengths, labels)
-    assert (report["test_images"], report["errors"], report["accuracy"]) == (20, 1, 95.0)
+    assert report["test_images"] == 20
+    assert report["errors"] == 1
+    assert report["accuracy"] == 95.0
+    assert report["interval_95"] == pytest.approx([76.39, 99.11], abs=0.01)
     assert report["confusion"][4] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    # 9: of 2 * 18 pairs (a 9, another digit) 34 are in the right order and 2 are ties
-    assert report["auc"][4] == 1 and report["auc"][9] == pytest.approx(35 / 36, abs=1e-6)
+    # Of 2 * 18 pairs (a 9, another digit), 34 are in the right order and 2 are ties.
+    assert report["auc"][9] == pytest.approx(35 / 36, abs=1e-6)
+    assert report["auc"][4] == 1
+
+
+def test_wilson_interval():
+    """Textbook values, and an interval of some width even where nothing is wrong."""
     assert evaluate.wilson(19, 20) == pytest.approx((76.39, 99.11), abs=0.01)
     assert evaluate.wilson(10, 10) == pytest.approx((72.25, 100), abs=0.01)
 
 
 def test_maps_and_histograms_of_couplings_by_hand():
-    """Of a network of 4 places, two primary capsules each."""
-    start = torch.full((10, 10, 8), 0.1)  # [B, J, N]
+    """A network of 2x2 places with two primary capsules each, and two images of each digit."""
+    start = torch.full((20, 10, 8), 0.1)  # [B, J, N]
     end = start.clone()
-    end[3, 3, 4:6] = 0.9  # of image 3, the capsules of place 2, to digit 3
-    network = mock.Mock(side=28, mean=0.0, std=1.0, return_value=(None, [start, end]))
+    end[6, 3, 4] = 0.9  # of the first 3, one of the capsules of place 2, to digit 3
+    network = mock.Mock(side=28, mean=0.0, std=1.0, map_side=2)
+    network.return_value = (None, [start, end])
     network.parameters.return_value = iter([start])
-    images, labels = torch.zeros(10, 28, 28, dtype=torch.uint8), torch.arange(10)
-    summary = evaluate.routing_summary(network, images, labels, places=4)
-    expected = np.full((10, 4), 0.1)
-    expected[3, 2] = 0.9
-    np.testing.assert_allclose(summary["coupling_maps"], expected, atol=1e-5)
-    assert summary["coupling_to_true"] == pytest.approx([0.1, (78 * 0.1 + 2 * 0.9) / 80])
-    true, others = np.array(summary["coupling_histograms"])
-    assert (true[170:190].sum(), true.sum(), others[10:30].sum()) == (2.5, 100, 100)
+    images = torch.zeros(20, 28, 28, dtype=torch.uint8)
+    labels = torch.arange(10).repeat_interleave(2)
+    summary = evaluate.routing_summary(network, images, labels)
+    maps = np.full((10, 4), 0.1)
+    maps[3, 2] = (3 * 0.1 + 0.9) / 4  # the mean over two images and two capsules
+    np.testing.assert_allclose(summary["coupling_maps"], maps, atol=1e-5)
+    mean = (159 * 0.1 + 0.9) / 160
+    assert summary["coupling_to_true"] == pytest.approx([0.1, mean])
+    to_true, to_others = np.array(summary["coupling_histograms"])
+    assert to_true[170:190].sum() == 0.625  # one of 160 couplings, near 0.9
+    assert to_true.sum() == 100
+    assert to_others[10:30].sum() == 100  # all near 0.1
+
+
+@both_networks
+def test_places_of_the_map(network):
+    """map_side is the side of the primary capsules' map, place_width their convolution's stride."""
+    model = network()
+    with torch.no_grad():
+        maps = model.primary.conv(model.features(torch.zeros(1, 1, model.side, model.side)))
+    assert maps.shape[2:] == (model.map_side, model.map_side)
+    if model.place_width is not None:
+        assert model.primary.conv.stride == (model.place_width, model.place_width)
 
 
 def test_accuracy_at_each_angle(monkeypatch):
-    """Of ten digits that are all predicted as what they are at 30 degrees, and else as zeros."""
-    monkeypatch.setattr(evaluate, "predict", lambda *call: torch.eye(10) * (call[3] == 30))
-    found = evaluate.rotation_accuracy(None, torch.arange(10), torch.arange(10))["accuracy"]
-    assert found == {str(angle): 100.0 if angle == 30 else 10.0 for angle in evaluate.ANGLES}
+    """Ten digits, of which all are right at 30 degrees. At other angles all look like zeros."""
+
+    def predict(model, images, angle):
+        return torch.eye(10) * (angle == 30)
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    digits = torch.arange(10)
+    found = evaluate.rotation_accuracy(None, digits, digits)
+    expected = {str(angle): 10.0 for angle in evaluate.ANGLES}
+    expected["30"] = 100.0
+    assert found == {"images": 10, "accuracy": expected}
 
 
-def test_usual_settings_are_the_scripts_own():
-    usual = vars(train_single.build_parser("").parse_args([])) | train_single.FIXED
-    assert {name: usual.get(name, False) for name in evaluate.USUAL} == evaluate.USUAL
+# A run of train_ddp.py, and another value of each of its settings
+DDP_CONFIG = train_single.DEFAULTS | {
+    "model": "alexcaps",
+    "dataset": "mnist",
+    "device": "cpu",
+    "script": "ddp",
+    "world_size": 2,
+    "precision": "bf16",
+    "train_images": 55_000,
+    "hardware": "2 CPU threads",
+}
+OTHER_EXPERIMENT = {
+    "model": "rescaps",
+    "dataset": "digits",
+    "rotate": 10.000001,
+    "shift": 2.0,
+    "epochs": 21,
+    "batch_size": 64,
+    "lr": 0.0010000001,
+    "routing_iterations": 2,
+    "reconstruction": 20.0,
+    "device": "cuda:0",
+    "compile": True,
+    "script": "single",
+    "world_size": 3,
+    "precision": "fp16",
+    "accumulation_steps": 2,
+    "sync_bn": True,
+    "train_images": 20_000,
+}
+SAME_EXPERIMENT = {
+    "seed": 1,
+    "data_dir": "elsewhere",
+    "train_size": 60_000,  # all of MNIST
+    "dry_run": True,
+    "hardware": "9 CPU threads",
+}
+
+
+def described(finished=20, **changes):
+    config = DDP_CONFIG | changes
+    return evaluate.describe({"config": config, "history": [{}] * finished})
+
+
+def test_descriptions_differ_exactly_if_settings_do():
+    assert OTHER_EXPERIMENT.keys() | SAME_EXPERIMENT.keys() == DDP_CONFIG.keys()
+    usual = described()
+    assert usual == "AlexCapsNet, 2 processes in bf16, 20 epochs"
+    for name, value in SAME_EXPERIMENT.items():
+        assert described(**{name: value}) == usual, name
+    others = [described(**{name: value}) for name, value in OTHER_EXPERIMENT.items()]
+    others.append(described(finished=19))
+    assert len({usual, *others}) == 1 + len(others), others
+    assert described(rotate=0) == described(rotate=0.0)
+    assert described(lr=0.0010000001) != described(lr=0.0010000002)
+
+
+def test_descriptions_read_well():
+    assert described(1, epochs=1, world_size=1) == "AlexCapsNet, 1 process in bf16, 1 epoch"
+    assert described(7).endswith(", 7 of 20 epochs")
+    changes = {"script": "single", "device": "cuda", "lr": 0.01, "train_images": 6000}
+    text = described(**changes)
+    assert text == "AlexCapsNet, one device, GPU, lr 0.01, 20 epochs of 6,000 images"
 
 
 @pytest.fixture(scope="module")
@@ -1283,113 +1375,531 @@ def reported(finished, tmp_path_factory):
     return run, printed
 
 
-def archived(reported, folder, seed=0, accuracy=99.0, **changes):
-    """A copy of an evaluated run, without weights, with another seed and accuracy."""
-    shutil.copytree(reported[0], folder)
-    (folder / "best.pt").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"seed": seed, "batch_size": 32, "train_size": None} | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    report = json.loads((folder / "report.json").read_text()) | {"accuracy": accuracy}
-    (folder / "report.json").write_text(json.dumps(report))
+@pytest.fixture(scope="module")
+def with_decoder(tmp_path_factory):
+    """A run with a decoder, evaluated."""
+    run = tmp_path_factory.mktemp("decoder") / "run"
+    flags = ("--epochs", 1, "--reconstruction", 20, "--run-dir", run)
+    for script, *given in ((single, *SMALL, *flags), (evaluated, run, "--device", "cpu")):
+        code, _, error = script(*given)
+        assert code == 0, error
+    return run
+
+
+def edit_json(file, **changes):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | changes))
+
+
+def archived(run, folder, **changes):
+    """A copy of an evaluated run without best.pt, with other settings."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("*.pt", "*.png"))
+    edit_json(folder / "config.json", **changes)
     return folder
 
 
-def test_one_run_from_end_to_end(reported, tmp_path, monkeypatch):
+def archived_with_weights(run, folder):
+    """An archive that also has weights.pt, and the network that these weights are of."""
+    archived(run, folder)
+    network = evaluate.load_network(evaluate.read_run(run), CPU)
+    (folder / "weights.pt").write_bytes(evaluate.half_weights(network))
+    return folder, network
+
+
+def test_a_report_says_what_the_network_does(reported):
+    """Every test image counts once, on another path through the network."""
     run, printed = reported
-    report = json.loads((run / "report.json").read_text())
-    assert f"test accuracy {report['accuracy']:.2f} %" in printed
-    # every test image exactly once, on another path through the network
     model = AlexCapsNet().eval()
     model.load_state_dict(weights(run, "best.pt"))
     images, labels = data.load("digits", "", "test")
+    angles = torch.full([360], 30.0)
     with torch.no_grad():
         lengths = model(data.images_to_input(images, model)).norm(dim=2)
-        turned = model(data.images_to_input(images, model, torch.full([360], 30.0))).norm(dim=2)
-    torch.testing.assert_close(evaluate.predict(model, images, 100, angle=30), turned)
-    assert report["test_images"] == len(labels) == np.sum(report["confusion"]) == 360
-    assert report["errors"] == (lengths.argmax(dim=1) != labels).sum()
-    figure, _ = evaluate.draw_rotation(report, 10, plain=[50.0] * 13)  # the dashed line
-    assert [50.0] * 13 in [list(line.get_ydata()) for line in figure.axes[0].lines]
-    # without weights, all is drawn anew from what is kept: the same pictures, and only in --out
-    archive = Path(shutil.copytree(run, tmp_path / "archive"))
-    pictures = [p.name for p in run.glob("*.png")]
-    assert len(pictures) == 6
-    for name in ("best.pt", "last.pt", *pictures):
-        (archive / name).unlink()
+        turned = model(data.images_to_input(images, model, angles)).norm(dim=2)
+    found = evaluate.predict(model, images, 100, angle=30)
+    torch.testing.assert_close(found, turned)
+    kept = np.load(run / "lengths.npy")
+    assert kept.dtype == np.float32
+    np.testing.assert_allclose(kept, lengths, atol=1e-5)
+    predicted = lengths.argmax(dim=1)
+    report = json.loads((run / "report.json").read_text())
+    assert report["test_images"] == 360
+    assert np.sum(report["confusion"]) == 360
+    assert report["errors"] == (predicted != labels).sum()
+    assert f"test accuracy {report['accuracy']:.2f} %" in printed
+    # The printed precision of a digit: how many of those predicted are right
+    for digit in range(10):
+        chosen = labels[predicted == digit]
+        precision = (chosen == digit).float().mean() if len(chosen) else 0
+        assert re.search(rf"^ +{digit} +{precision:.4f} ", printed, re.MULTILINE), printed
+
+
+PICTURES = ("confusion_matrix", "curves", "mistakes", "roc", "rotation", "routing")
+REDRAWN = ("perturbations", "reconstructions")
+
+
+def test_pictures_fit_a_slide(reported, with_decoder):
+    """Both kinds of runs have the pictures that they should have, and none is blank."""
+    assert sorted(p.stem for p in reported[0].glob("*.png")) == sorted(PICTURES)
+    assert sorted(p.stem for p in with_decoder.glob("*.png")) == sorted(PICTURES + REDRAWN)
+    for file in (*reported[0].glob("*.png"), *with_decoder.glob("*.png")):
+        with Image.open(file) as picture:
+            assert 600 <= picture.width <= 1600, file
+            assert 300 <= picture.height <= 1500, file
+            assert np.asarray(picture.convert("L")).std() > 5, f"{file} is blank"
+
+
+def test_roc_axes_have_the_usual_names(reported):
+    lengths = np.load(reported[0] / "lengths.npy")
+    _, labels = data.load("digits", "", "test")
+    report = json.loads((reported[0] / "report.json").read_text())
+    figure, _ = evaluate.draw_roc(report, lengths, labels.numpy())
+    axis = figure.axes[0]
+    evaluate.plt.close(figure)
+    assert axis.get_xlabel().startswith("false positive rate")
+    assert axis.get_ylabel().startswith("true positive rate")
+
+
+def test_a_plain_network_is_a_dashed_line(reported):
+    report = json.loads((reported[0] / "report.json").read_text())
+    figure, _ = evaluate.draw_rotation(report, 10, plain=[50.0] * 13)
+    evaluate.plt.close(figure)
+    lines = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert [50.0] * 13 in lines
+
+
+def test_an_archive_is_redrawn_elsewhere(reported, tmp_path, monkeypatch):
+    """Without weights, from what was kept: the same pictures, and the archive stays as it is."""
+    run, printed = reported
+    archive = archived(run, tmp_path / "results" / "name")
     before = contents(archive)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "measure", None)  # nothing is computed
-    code, _, error = evaluated(archive, "--out", tmp_path / "out")
+    code, again, error = evaluated(archive)
     assert code == 0, error
-    for name in pictures:
-        assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
-        with Image.open(run / name) as picture:
-            assert 600 <= picture.width <= 1600 and 300 <= picture.height <= 1500
-            assert np.asarray(picture.convert("L")).std() > 5, f"{name} is blank"
     assert contents(archive) == before
+    assert again.splitlines()[:-1] == printed.splitlines()[:-1]  # but for "written to"
+    redrawn = contents(tmp_path / "runs" / "name-evaluated")
+    assert sorted(redrawn) == sorted(f"{name}.png" for name in PICTURES)
+    for name, picture in redrawn.items():
+        assert picture == (run / name).read_bytes(), name
+
+
+def test_lengths_of_older_archives_are_halves(reported, tmp_path, monkeypatch):
+    """They say the same, and are drawn in float32."""
+    run, printed = reported
+    archive = archived(run, tmp_path / "archive")
+    halves = np.load(run / "lengths.npy").astype(np.float16)
+    np.save(archive / "lengths.npy", halves)
+    draw_roc = mock.Mock(side_effect=evaluate.draw_roc)
+    monkeypatch.setattr(evaluate, "draw_roc", draw_roc)
+    monkeypatch.setattr(evaluate, "save", mock.Mock())
+    code, again, error = evaluated(archive, "--out", tmp_path / "out")
+    evaluate.plt.close("all")
+    assert code == 0, error
+    assert again.splitlines()[:-1] == printed.splitlines()[:-1]
+    drawn = draw_roc.call_args.args[1]
+    assert drawn.dtype == np.float32
+    assert np.array_equal(drawn, halves)
+
+
+MATPLOTLIBRC = """
+image.origin: lower
+text.usetex: True
+backend: pdf
+font.size: 40
+savefig.dpi: 30
+figure.facecolor: red
+"""
+
+
+def test_pictures_ignore_the_users_matplotlib(reported, tmp_path):
+    """With settings of their own, in a file and in MPLBACKEND: the same bytes."""
+    archive = archived(reported[0], tmp_path / "archive")
+    (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)
+    settings = {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "nonsense"}
+    out = tmp_path / "out"
+    command = ("evaluate.py", archive, "--out", out)
+    result = run_python(*command, env=os.environ | settings)
+    assert result.returncode == 0, result.stderr
+    for name in PICTURES:
+        same = (out / f"{name}.png").read_bytes() == (reported[0] / f"{name}.png").read_bytes()
+        assert same, name
 
 
 def test_seeds_make_one_row(reported, tmp_path):
-    out, accuracies = tmp_path / "out", (99.0, 99.2, 99.7)
-    folders = [  # on three machines
-        archived(reported, tmp_path / str(k), k, accuracy, hardware=f"{k} CPU threads")
-        for k, accuracy in enumerate(accuracies)
-    ]
-    folders.append(archived(reported, tmp_path / "other", lr=0.01, device="cuda"))
+    """Three seeds, trained on three machines, and a run with another learning rate."""
+    folders = []
+    for seed, accuracy in enumerate((99.0, 99.2, 99.7)):
+        hardware = f"{seed} CPU threads"
+        folder = archived(reported[0], tmp_path / str(seed), seed=seed, hardware=hardware)
+        edit_json(folder / "report.json", accuracy=accuracy)
+        folders.append(folder)
+    other = {"lr": 0.01, "device": "cuda"}
+    folders.append(archived(reported[0], tmp_path / "other", **other))
+    out = tmp_path / "out"
     code, printed, error = evaluated(*folders, "--out", out)
     assert code == 0, error
     with open(out / "comparison.csv", newline="") as file:
         rows = {row["n"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"1", "3"}
     assert float(rows["3"]["accuracy"]) == pytest.approx(99.3)
-    # squared distances to 99.3: 0.09 + 0.01 + 0.16, over n - 1 = 2
+    # The squared distances to 99.3 are 0.09, 0.01 and 0.16; their sum is divided by n - 1 = 2.
     assert float(rows["3"]["accuracy_std"]) == pytest.approx(math.sqrt(0.13))
-    assert rows["1"]["accuracy_std"] == "" and "GPU, lr 0.01" in rows["1"]["name"]
+    assert rows["1"]["accuracy_std"] == ""
+    assert "GPU, batch size 16, lr 0.01" in rows["1"]["name"]
+    assert "runs" not in rows["3"]
     text = (out / "comparison.md").read_text()
-    assert "99.30 ± 0.36" in text and text in printed
-    assert max(map(len, text.splitlines())) <= 100 and (out / "comparison.png").exists()
-    # what all have in common stands above
-    assert "360 test images: digits, AlexCapsNet, one device, 2 epochs of 96 digits\n" in text
-    assert "\n| usual settings, 0 CPU threads | 3 |" in text and "\n| GPU, lr 0.01  " in text
+    assert text in printed
+    assert "99.30 ± 0.36" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert (out / "comparison.png").exists()
+    # What all rows have in common stands above the table.
+    common = "digits, AlexCapsNet, one device, batch size 16, 2 epochs of 96 digits"
+    assert f"360 test images: {common}\n" in text
+    assert "\n| usual settings, 0 CPU threads | 3 |" in text
+    assert "\n| GPU, lr 0.01  " in text
+    same_seed = archived(reported[0], tmp_path / "same")
+    assert_one_line(evaluated(*folders, same_seed, "--out", out), "leave one out")
 
 
-def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path, monkeypatch):
+def shorter(array):
+    return array[:-1]
+
+
+def other_answers(array):
+    """The lengths of a run that answers 9 to what this one answers 0, ..."""
+    return array[:, ::-1]
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def change(**changes):
+    """A file's content -> the same JSON with other values."""
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+def leave_out(name):
+    def spoil(content):
+        values = json.loads(content)
+        del values[name]
+        return json.dumps(values).encode()
+
+    return spoil
+
+
+def lengths(spoil):
+    return lambda content: npy(spoil(np.load(io.BytesIO(content))))
+
+
+DEEP = b"[" * 100_000
+ZEROS = np.zeros((360, 10), np.float32)
+# What is done to a file of an archive, and what the line must say
+SPOILT = [
+    ("config.json", None, "holds no run"),
+    ("config.json", lambda content: b"", "damaged"),
+    ("config.json", lambda content: content[:100], "damaged"),
+    ("config.json", lambda content: b"\xff" + content, "damaged"),
+    ("config.json", lambda content: DEEP, "damaged"),
+    ("config.json", lambda content: b"[1, 2]", "damaged"),
+    ("config.json", change(model="other"), "another network"),
+    ("config.json", change(model=["alexcaps"]), "model is ['alexcaps']"),
+    ("config.json", change(rotate="abc"), "rotate is 'abc'"),
+    ("config.json", change(rotate=-1.0), "rotate is -1.0"),
+    ("config.json", change(lr=math.nan), "lr is nan"),
+    ("config.json", change(lr=10**400), "lr is 1000"),
+    ("config.json", change(seed=[1]), "seed is [1]"),
+    ("config.json", change(seed=True), "seed is True"),
+    ("config.json", change(epochs=2.5), "epochs is 2.5"),
+    ("config.json", change(compile="no"), "compile is 'no'"),
+    ("config.json", change(dataset=3), "dataset is 3"),
+    ("config.json", change(dataset="other"), "dataset is 'other'"),
+    ("config.json", change(device=None), "device is None"),
+    ("config.json", leave_out("device"), "device is None"),
+    ("config.json", leave_out("hardware"), "'hardware' is missing"),
+    ("config.json", leave_out("train_images"), "'train_images' is missing"),
+    ("metrics.csv", None, "holds no run"),
+    ("metrics.csv", lambda content: b"", "no finished epoch"),
+    ("metrics.csv", lambda content: content.splitlines()[0], "no finished epoch"),
+    ("metrics.csv", lambda content: content[:100], "damaged"),
+    ("metrics.csv", lambda content: content + b"3,0.1", "damaged"),
+    ("metrics.csv", lambda content: content.rstrip() + b",9,9\n", "damaged"),
+    ("metrics.csv", lambda content: content + b"3,0.1,99,0.1,nan,0.001,1", "val_accuracy is nan"),
+    ("metrics.csv", lambda content: content.replace(b"val_acc", b"acc"), "'val_accuracy' is mis"),
+    ("metrics.csv", lambda content: content + b"3," + b"9" * 200_000, "damaged"),
+    ("metrics.csv", lambda content: content + b"3,0.1,99,0.1,99.9,0.001,1", "neither best.pt nor"),
+    ("report.json", None, "neither best.pt nor"),
+    ("report.json", lambda content: content[:100], "damaged"),
+    ("report.json", lambda content: DEEP, "damaged"),
+    ("report.json", lambda content: b"[]", "damaged"),
+    ("report.json", change(accuracy="98"), "accuracy is '98'"),
+    ("report.json", change(errors=None), "errors is None"),
+    ("report.json", change(errors=1.5), "errors is 1.5"),
+    ("report.json", change(accuracy=100.5), "above 100 %"),
+    ("report.json", change(test_images=0), "no images"),
+    ("report.json", change(auc=[1.0] * 9), "auc is [1.0"),
+    ("report.json", change(auc=[math.nan] * 10), "auc is [nan"),
+    ("report.json", change(confusion=[[1, 2], [3]]), "damaged"),
+    ("report.json", change(kept_epoch=1000), "neither best.pt nor"),
+    ("report.json", leave_out("confusion"), "'confusion' is missing"),
+    ("report.json", change(rotation={}), "'accuracy' is missing"),
+    ("report.json", change(rotation=[]), "damaged"),
+    ("report.json", change(rotation={"images": 10, "accuracy": {"0": 1}}), "'-90' is missing"),
+    ("report.json", change(coupling_maps=[[0.1] * 81] * 10), "coupling_maps is"),
+    ("report.json", change(coupling_to_true=0.1), "damaged"),
+    ("report.json", change(coupling_histograms="x"), "coupling_histograms is 'x'"),
+    ("report.json", leave_out("coupling_histograms"), "'coupling_histograms' is missing"),
+    ("lengths.npy", None, "can be compared"),
+    ("lengths.npy", lambda content: b"", "ten lengths"),
+    ("lengths.npy", lambda content: content[:5], "ten lengths"),
+    ("lengths.npy", lambda content: content[:100], "ten lengths"),
+    ("lengths.npy", lambda content: content[:1000], "ten lengths"),
+    ("lengths.npy", lambda content: b"PK\x03\x04" + content, "ten lengths"),
+    ("lengths.npy", lambda content: npy(np.array([{}])), "ten lengths"),
+    ("lengths.npy", lambda content: npy(np.array(0.5)), "ten lengths"),
+    ("lengths.npy", lambda content: npy(np.array(["a"] * 10)), "ten lengths"),
+    ("lengths.npy", lambda content: npy(ZEROS + np.nan), "ten lengths"),
+    ("lengths.npy", lambda content: npy(ZEROS[:, :9]), "ten lengths"),
+    ("lengths.npy", lengths(shorter), "another run"),
+    ("lengths.npy", lengths(other_answers), "another run"),
+]
+
+
+def test_a_damaged_archive_is_one_line(reported, tmp_path, monkeypatch):
+    """Whatever file of it is damaged, and however: one line, which names what is wrong."""
     monkeypatch.setattr(evaluate, "draw_all", mock.Mock())
-    run = archived(reported, tmp_path / "run")
-    for name in ("config.json", "metrics.csv", "report.json", "lengths.npy"):
-        content = (run / name).read_bytes()
-        (run / name).unlink()
-        assert_one_line(evaluated(run))
-        if name != "lengths.npy":
-            (run / name).write_bytes(content[:100])
-            assert_one_line(evaluated(run))
-        (run / name).write_bytes(content)
+    archive = archived(reported[0], tmp_path / "archive")
+    flags = ("--out", tmp_path / "out")
+    code, _, error = evaluated(archive, *flags)
+    assert code == 0, error
+    for name, spoil, words in SPOILT:
+        content = (archive / name).read_bytes()
+        (archive / name).unlink()
+        if spoil is not None:
+            (archive / name).write_bytes(spoil(content))
+        before = contents(archive)
+        assert_one_line(evaluated(archive, *flags), words)
+        assert contents(archive) == before
+        (archive / name).write_bytes(content)
+    assert evaluate.draw_all.call_count == 1
+
+
+def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
+    run = Path(shutil.copytree(reported[0], tmp_path / "run"))
     assert_one_line(evaluated(run, run), "given twice")
-    rows = (run / "metrics.csv").read_text().splitlines()
-    (run / "metrics.csv").write_text(rows[0])
-    assert_one_line(evaluated(run), "no finished epoch yet")
-    (run / "metrics.csv").write_text("\n".join([*rows, "3,0.1,99,0.1,99.9,0.001,1"]))
-    assert_one_line(evaluated(run), "neither best.pt nor a report of its best epoch")
-    shutil.copy(reported[0] / "best.pt", run / "best.pt")  # which is no longer the best
+    with open(run / "metrics.csv", "a") as file:
+        file.write("3,0.1,99,0.1,99.9,0.001,1\n")  # best.pt is no longer of the best epoch
     assert_one_line(evaluated(run), "not of the best epoch", "resume the run first")
-    assert_one_line(evaluated(run, reported[0]), "no report of its best", f"evaluate.py {run}")
+    hint = f"evaluate.py {run}"
+    assert_one_line(evaluated(run, reported[0]), "no report of its best epoch", hint)
 
 
 def test_pictures_compare_whole_runs(monkeypatch):
     """As lines over epochs and over time, an epoch as long as the fastest."""
-    runs = [
-        {"history": [{"val_accuracy": a}, {"val_accuracy": b}]} for a, b in [(90, 98), (94, 94)]
-    ]
-    whole = {"name": "A, one device", "n": 2, "epochs": 2, "seconds": 30, "runs": runs}
-    whole |= {"hardware": "2 CPU threads"}
-    monkeypatch.setattr(evaluate, "save", save := mock.Mock())
-    evaluate.draw_comparison([whole, whole | {"epochs": 9}], Path("x.png"))
-    axes = save.call_args.args[0].axes
-    ((left,), (right,)) = (axis.lines for axis in axes)
-    assert left.get_ydata() == pytest.approx([0.92, 0.96]) and axes[0].get_yscale() == "logit"
-    assert right.get_xdata() == pytest.approx([0.5, 1.0])  # minutes
+    runs = []
+    for accuracies in ((90, 98), (94, 94)):
+        history = [{"val_accuracy": accuracy} for accuracy in accuracies]
+        runs.append({"config": DDP_CONFIG | {"epochs": 2}, "history": history})
+    whole = {"n": 2, "epochs": 2, "seconds": 30, "runs": runs, "hardware": "2 CPU threads"}
+    stopped = whole | {"epochs": 9}
+    save = mock.Mock()
+    monkeypatch.setattr(evaluate, "save", save)
+    evaluate.draw_comparison([whole, stopped], Path("x.png"))
+    left, right = save.call_args.args[0].axes
     evaluate.plt.close("all")
-    evaluate.draw_comparison([whole | {"epochs": 9}], Path("x.png"))
+    assert len(left.lines) == 1
+    assert left.get_yscale() == "logit"
+    assert left.lines[0].get_ydata() == pytest.approx([0.92, 0.96])
+    assert right.lines[0].get_xdata() == pytest.approx([0.5, 1.0])  # minutes
+    evaluate.draw_comparison([stopped], Path("x.png"))
     assert save.call_count == 1  # nothing is whole, so nothing is drawn
+
+
+class Drawer(torch.nn.Module):
+    """A network that one can check by hand. Its answer to an image is the digit that the
+    first pixel names. Each capsule is [j, 0, 0], except that the longest one has a 1 last."""
+
+    side = 28
+    mean = 0.0
+    std = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.digits = mock.Mock(D=3)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        answers = (images[:, 0, 0, 0] * 255).round().long()
+        capsules = torch.zeros(len(images), 10, 3)
+        capsules[:, :, 0] = torch.arange(10)
+        capsules[torch.arange(len(images)), answers, 2] = 1
+        return capsules
+
+    def scores(self, capsules):
+        return capsules[:, :, 2]
+
+    def target(self, images):
+        return images
+
+    def decoder(self, capsules, digits):
+        """The digit as its upper half; below, what numbers 1 and 2 add up to."""
+        chosen = capsules[torch.arange(len(digits)), digits]  # [n, 3]
+        assert torch.equal(chosen[:, 0].round(), digits.float())
+        drawn = torch.zeros(len(digits), 1, 28, 28)
+        drawn[:, 0, :14] = chosen[:, 0, None, None] / 10
+        drawn[:, 0, 14:] = chosen[:, 1, None, None] * 0.9 + 0.5
+        return drawn
+
+
+def image_of(answers):
+    """Images that a Drawer answers so."""
+    images = torch.zeros(len(answers), 28, 28, dtype=torch.uint8)
+    images[:, 0, 0] = torch.tensor(answers)
+    return images
+
+
+def drawing(figure, row, column):
+    """One of the pictures of a grid, without its frame of one pixel."""
+    page = np.asarray(figure.axes[0].images[0].get_array())
+    return page[30 * row : 30 * row + 30, 30 * column : 30 * column + 30][1:29, 1:29]
+
+
+def names(ticks):
+    return [label.get_text() for label in ticks]
+
+
+def test_redraw_draws_the_networks_answer():
+    drawn = evaluate.redraw(Drawer(), image_of([3, 0, 9]))
+    assert drawn.shape == (3, 28, 28)
+    assert drawn[:, 0, 0] == pytest.approx([0.3, 0.0, 0.9])
+
+
+def test_reconstructions_by_hand():
+    """Ten digits that are right, and a 4 that is mistaken for a 7."""
+    labels = torch.tensor([*range(10), 4])
+    answers = [*range(10), 7]
+    lengths = np.eye(10)[answers]
+    images = image_of(answers)
+    figure, _ = evaluate.draw_reconstructions(Drawer(), lengths, images, labels)
+    evaluate.plt.close(figure)
+    assert names(figure.axes[0].get_xticklabels()) == [*map(str, range(10)), "4 → 7"]
+    for column in range(11):
+        seen = drawing(figure, 0, column)
+        np.testing.assert_allclose(seen, images[column] / 255, atol=1e-6)
+        assert drawing(figure, 1, column)[0, 0] == pytest.approx(labels[column] / 10)
+        assert drawing(figure, 2, column)[0, 0] == pytest.approx(answers[column] / 10)
+
+
+def test_perturbations_by_hand():
+    """Number 1 of a capsule changes the drawing most: by 0.9 for each 1."""
+    labels = torch.arange(10)
+    figure, _ = evaluate.draw_perturbations(Drawer(), image_of(range(10)), labels)
+    evaluate.plt.close(figure)
+    steps = np.linspace(-0.25, 0.25, 11)
+    assert names(figure.axes[0].get_xticklabels()) == [f"{step:+.2f}" for step in steps]
+    assert names(figure.axes[0].get_yticklabels()) == ["no. 1"] * 10
+    for digit in range(10):
+        for column, step in enumerate(steps):
+            picture = drawing(figure, digit, column)
+            assert picture[0, 0] == pytest.approx(digit / 10)
+            assert picture[27, 0] == pytest.approx(0.5 + 0.9 * step)
+
+
+def test_an_archive_with_weights_draws_what_its_capsules_know(with_decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_all", mock.Mock())  # the other pictures
+    archive, network = archived_with_weights(with_decoder, tmp_path / "archive")
+    assert len((archive / "weights.pt").read_bytes()) < 8.3e6  # 4.1 million weights
+    before = contents(archive)
+    out = tmp_path / "out"
+    code, _, error = evaluated(archive, "--out", out)
+    assert code == 0, error
+    assert contents(archive) == before
+    assert sorted(p.stem for p in out.glob("*")) == sorted(REDRAWN)
+    # The network is the same but for rounding, and computes in float32.
+    loaded = evaluate.load_network(evaluate.read_run(archive), CPU)
+    for name, tensor in network.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert other.dtype == tensor.dtype
+        torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_rounded_weights_are_used_only_without_best(with_decoder, tmp_path):
+    _, network = archived_with_weights(with_decoder, tmp_path / "archive")
+    run = Path(shutil.copytree(with_decoder, tmp_path / "run"))
+    shutil.copy(tmp_path / "archive" / "weights.pt", run)
+    loaded = evaluate.load_network(evaluate.read_run(run), CPU)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_an_archive_reads_own_digits_elsewhere(with_decoder, tmp_path, monkeypatch):
+    """In results/ nothing changes. Without weights there is a line that says so."""
+    archive, _ = archived_with_weights(with_decoder, tmp_path / "results" / "name")
+    before = contents(archive)
+    pixels = np.full((60, 60), 255, dtype=np.uint8)
+    pixels[10:50, 25:35] = 0  # a 1
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    monkeypatch.chdir(tmp_path)
+    code, printed, error = evaluated(archive, "--image", "one.png")
+    assert code == 0, error
+    assert "one.png: " in printed
+    assert contents(archive) == before
+    assert [p.name for p in (tmp_path / "runs").glob("*/*")] == ["own-digits.png"]
+    assert (tmp_path / "runs" / "name-evaluated" / "own-digits.png").exists()
+    (archive / "weights.pt").unlink()
+    assert_one_line(evaluated(archive, "--image", "one.png"), "no weights")
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+BAD_WEIGHTS = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "a flipped bit": flipped,
+    "text": lambda content: b"weights",
+    "any code": lambda content: saved(functools.partial(print)),
+    "a list": lambda content: saved([1.0]),
+    "a number": lambda content: saved(1.0),
+    "a tensor": lambda content: saved(torch.zeros(3)),
+    "numbers as names": lambda content: saved({1: torch.zeros(3)}),
+    "numbers as weights": lambda content: saved(dict.fromkeys(AlexCapsNet().state_dict(), 1.0)),
+    "another network": lambda content: saved(ResCapsNet().state_dict()),
+    "no decoder": lambda content: saved(AlexCapsNet().state_dict()),
+}
+
+
+def test_damaged_or_foreign_weights_are_one_line(with_decoder, tmp_path):
+    archive, _ = archived_with_weights(with_decoder, tmp_path / "archive")
+    content = (archive / "weights.pt").read_bytes()
+    out = tmp_path / "out"
+    for name, spoil in BAD_WEIGHTS.items():
+        (archive / "weights.pt").write_bytes(spoil(content))
+        before = contents(archive)
+        assert_one_line(evaluated(archive, "--out", out), "weights.pt")
+        assert contents(archive) == before, name
+    assert list(out.iterdir()) == []
+
+
+def test_a_decoder_too_many_or_too_few_is_one_line(reported, with_decoder, tmp_path):
+    for source, weight in ((reported[0], 20.0), (with_decoder, 0.0)):
+        run = Path(shutil.copytree(source, tmp_path / str(weight)))
+        edit_json(run / "config.json", reconstruction=weight)
+        before = contents(run)
+        assert_one_line(evaluated(run), "best.pt does not fit", "config.json")
+        assert contents(run) == before
 
 
 def test_own_digits_become_mnists(tmp_path, reported):
