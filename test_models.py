@@ -1,9 +1,11 @@
-"""Tests, on 2 idle CPU cores in three minutes:
+"""Tests of the course files, in 3 to 6 minutes on 2 idle CPU cores:
 
-    python -m pytest -q test_models.py
+    python -m pytest -q                                  these and those of results/
+    python -m pytest -q test_models.py -k equation       a few of them
 
-Formulas are held against float64 references written as plain loops; the scripts run as real
-processes, under torchrun too, on scikit-learn's digits, so that no network is needed.
+Read the first two parts, down to "Helpers for real processes": how to check a formula. Each
+is compared with a reference in float64, written as plain loops. The tests after that run the
+scripts as a user does, under torchrun too, on scikit-learn's digits: no network is needed.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -63,82 +66,6 @@ both_networks = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
-
-
-def run_python(*arguments, start=False, timeout=240, **more):
-    """Run a script of the repository as a user does; returns the finished process, or with
-    `start` the running one."""
-    command = [sys.executable, *map(str, arguments)]
-    env = {"PYTHONPATH": str(HERE), **more.pop("env", os.environ)}
-    options = {"cwd": HERE, "text": True, "env": env} | more
-    if start:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, **pipes, **options)
-    return subprocess.run(command, capture_output=True, timeout=timeout, check=False, **options)
-
-
-def torchrun(*arguments, launcher=(), **more):
-    """A real torchrun job of two processes on this machine; `-c CODE` may be the script."""
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
-    if arguments[0] == "-c":
-        options += ["--no-python", sys.executable]
-    return run_python(*options, *arguments, **more)
-
-
-def call(script, *arguments):
-    """Run a script's main in this process -> (exit code, what it printed, its error output)."""
-    output, error = io.StringIO(), io.StringIO()
-    code, handler = 0, signal.getsignal(signal.SIGINT)
-    with (
-        mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)]),
-        mock.patch.object(train_single, "keep_freed_memory"),  # it cannot be undone
-        mock.patch.object(evaluate, "ROTATED", 1),  # digits of a class: quick
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(error),
-    ):
-        try:
-            train_single.run_main(script.main)
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-    return code, output.getvalue(), error.getvalue()
-
-
-single, ddp, evaluated = (functools.partial(call, s) for s in (train_single, train_ddp, evaluate))
-
-
-def assert_one_line(result, *words):
-    """A user's mistake, as `call` returns it: exit code 2, a line with "error: " and the words."""
-    code, _, error = result
-    assert code == 2, error
-    assert len(error.strip().splitlines()) == 1 and "error: " in error, error
-    for word in words:
-        assert word in error, error
-
-
-def new_run(device=CPU, **settings):
-    """A run at its start, which no folder holds yet."""
-    config = train_single.DEFAULTS | settings
-    return train_single.Run(config, Path("unused"), device)
-
-
-def weights(run_dir, name="last.pt"):
-    return torch.load(Path(run_dir) / name, weights_only=True)["model"]
-
-
-def same_run(a, b):
-    """Equal weights, and equal figures but for the times."""
-    a, b = (torch.load(Path(run_dir) / "last.pt", weights_only=True) for run_dir in (a, b))
-    histories = ([row | {"seconds": 0} for row in c["history"]] for c in (a, b))
-    bits = all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    return a["model"].keys() == b["model"].keys() and bits and next(histories) == next(histories)
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 # -- Capsule maths against plain loops in float64 --------------------------------------------------
@@ -358,6 +285,85 @@ def test_routing_leaves_half_precision():
     torch.testing.assert_close(v, capsules.dynamic_routing(votes), rtol=1e-5, atol=1e-6)
 
 
+# -- Helpers for real processes ----------------------------------------------------------------------
+
+
+def run_python(*arguments, start=False, timeout=240, **more):
+    """Run a script of the repository as a user does; returns the finished process, or with
+    `start` the running one."""
+    command = [sys.executable, *map(str, arguments)]
+    env = {"PYTHONPATH": str(HERE), **more.pop("env", os.environ)}
+    options = {"cwd": HERE, "text": True, "env": env} | more
+    if start:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, **options)
+    return subprocess.run(command, capture_output=True, timeout=timeout, check=False, **options)
+
+
+def torchrun(*arguments, launcher=(), **more):
+    """A real torchrun job of two processes on this machine; `-c CODE` may be the script."""
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
+    if arguments[0] == "-c":
+        options += ["--no-python", sys.executable]
+    return run_python(*options, *arguments, **more)
+
+
+def call(script, *arguments):
+    """Run a script's main in this process -> (exit code, what it printed, its error output)."""
+    output, error = io.StringIO(), io.StringIO()
+    code, handler = 0, signal.getsignal(signal.SIGINT)
+    with (
+        mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)]),
+        mock.patch.object(train_single, "keep_freed_memory"),  # it cannot be undone
+        mock.patch.object(evaluate, "ROTATED", 1),  # digits of a class: quick
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(error),
+    ):
+        try:
+            train_single.run_main(script.main)
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return code, output.getvalue(), error.getvalue()
+
+
+single, ddp, evaluated = (functools.partial(call, s) for s in (train_single, train_ddp, evaluate))
+
+
+def assert_one_line(result, *words):
+    """A user's mistake, as `call` returns it: exit code 2, a line with "error: " and the words."""
+    code, _, error = result
+    assert code == 2, error
+    assert len(error.strip().splitlines()) == 1 and "error: " in error, error
+    for word in words:
+        assert word in error, error
+
+
+def new_run(device=CPU, **settings):
+    """A run at its start, which no folder holds yet."""
+    config = train_single.DEFAULTS | settings
+    return train_single.Run(config, Path("unused"), device)
+
+
+def weights(run_dir, name="last.pt"):
+    return torch.load(Path(run_dir) / name, weights_only=True)["model"]
+
+
+def same_run(a, b):
+    """Equal weights, and equal figures but for the times."""
+    a, b = (torch.load(Path(run_dir) / "last.pt", weights_only=True) for run_dir in (a, b))
+    histories = ([row | {"seconds": 0} for row in c["history"]] for c in (a, b))
+    bits = all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    return a["model"].keys() == b["model"].keys() and bits and next(histories) == next(histories)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 # -- Data ------------------------------------------------------------------------------------------
 
 
@@ -516,6 +522,50 @@ def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
         name, reason = data.resolve_dataset("auto", tmp_path)
     assert name == "digits" and "timed out" in reason
     assert list(tmp_path.iterdir()) == [] and socket.getdefaulttimeout() is None
+
+
+class BadMirror(http.server.BaseHTTPRequestHandler):
+    """Sends `piece`, with `pause` seconds in between, until the client has enough."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(self.piece)
+                time.sleep(self.pause)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("piece", "pause", "word"),
+    [(bytes(100_000), 0, "more than 10,000,000 bytes"), (b"x", 0.05, "not complete after 0.5 s")],
+    ids=["endless", "a byte at a time"],
+)
+def test_a_mirror_that_never_ends_is_given_up(piece, pause, word, tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setenv("no_proxy", "*")
+    if pause > 0:
+        monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.5)
+    handler = type("Handler", (BadMirror,), {"piece": piece, "pause": pause})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        name, reason = data.resolve_dataset("auto", tmp_path)
+        server.shutdown()
+    assert name == "digits"
+    assert word in reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_missing_file_is_enough_to_need_a_download(raw, tmp_path, monkeypatch):
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    monkeypatch.setattr(data, "download_mnist", asked := mock.Mock())
+    assert data.resolve_dataset("mnist", tmp_path) == ("mnist", "")
+    assert asked.call_count == 1
 
 
 # -- train_single.py -------------------------------------------------------------------------------
@@ -1223,6 +1273,10 @@ def test_threads_of_a_rank(monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         assert train_ddp.pick_device({"device": "cpu"}) == CPU
     assert [call.args for call in asked.call_args_list] == [(2,)]
+    monkeypatch.setattr(train_ddp, "LAUNCHED", True)
+    monkeypatch.delenv("OMP_NUM_THREADS")  # another launcher does not set it
+    train_ddp.pick_device({"device": "cpu"})
+    assert asked.call_count == 2
 
 
 # -- evaluate.py -----------------------------------------------------------------------------------
