@@ -278,7 +278,7 @@ def settings_in_words(run: dict) -> dict[str, str]:
 
 
 def epochs_in_words(run: dict) -> str:
-    """ "20 epochs", "3 epochs of 6,000 images", "7 of 20 epochs" if it was stopped."""
+    """For example "3 epochs of 6,000 images", or "7 of 20 epochs" of a stopped run."""
     config = run["config"]
     done = len(run["history"])
     planned = config["epochs"]
