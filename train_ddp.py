@@ -42,8 +42,8 @@ import train_single
 from data import DigitBatches, UserError, as_batch, epoch_seed
 from train_single import SHOW_EVERY, Run, progress, show, tally
 
-# DDP: torchrun tells each process who it is. RANK alone, without the other variables, is
-# left over from something else.
+# DDP: torchrun tells each process who it is. Without all of these variables there is one
+# process (but see refuse_half_a_launch).
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = all(name in os.environ for name in LAUNCHER)
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all: 0 decides, writes, prints
@@ -79,7 +79,8 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     sampler = DistributedSampler(dataset, WORLD_SIZE, RANK, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
-    # An accumulation group is the batches of one optimizer step.
+    # With --accumulation-steps k, the gradients of k batches (a group) are added up before an
+    # optimizer step. It is the step of a batch k times as large, in the memory of a small one.
     accumulate = config["accumulation_steps"]  # batches in a group
     group_images = accumulate * config["batch_size"]  # images in a group, on this rank
     rank_images = len(sampler)  # images in the epoch, on this rank
@@ -90,14 +91,15 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     ddp.train()
     for batch_number, (images, labels) in enumerate(bar, start=1):
         last_of_group = batch_number % accumulate == 0 or batch_number == len(loader)
-        # DDP: backward averages gradients over ranks. Until the group's last batch that
-        # would be wasted work.
+        # DDP: under no_sync, backward only adds to this rank's own gradients. The backward of
+        # the group's last batch averages their sum over ranks: one exchange per group.
         synchronise = nullcontext() if last_of_group else ddp.no_sync()
         with synchronise:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # AMP:
                 capsules = ddp(images)  # DDP: through ddp, which prepares the averaging
-                # The loss may use run.model: DDP's hooks are on the parameters themselves,
-                # those of the decoder included.
+                # DDP has given each parameter a function (a hook) that runs when backward
+                # has computed its gradient. So the decoder's gradients are averaged, too,
+                # although the loss calls it through run.model.
                 loss = run.model.loss(capsules, images, labels)
             # The loss is the mean over one batch. We want the mean over the whole group, so
             # each batch counts in proportion to its images. Without the weight, the
@@ -113,7 +115,8 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
             run.optimizer.zero_grad()
         sums += tally(loss, run.model.scores(capsules), labels)
         if batch_number % SHOW_EVERY == 0 or batch_number == len(loader):
-            show(bar, summed(sums))  # DDP: the same numbers on all ranks, so all stop together
+            # DDP: show the same numbers on all ranks, so a loss that is not finite stops all.
+            show(bar, summed(sums))
     return summed(sums)  # DDP: over all ranks
 
 
@@ -144,12 +147,14 @@ def summed(sums: Tensor) -> Tensor:
 def join() -> dist.Store:
     """DDP: join the process group of all ranks. Returns launch_store.
 
-    A store is a dictionary that all ranks share. There are two. launch_store belongs to
-    torchrun and survives a restart of the ranks, which after_restart needs. group_store is
-    new at every start, because the old one holds the addresses of dead ranks.
+    If a rank dies, torchrun --max-restarts starts all ranks again. To find each other they
+    need a store: a dictionary that all ranks share. launch_store lives in torchrun, so it
+    outlives the ranks; after_restart reads there which run to resume. group_store is new at
+    every start, because the old one holds addresses of dead ranks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # Ranks that share a GPU communicate through gloo, because NCCL refuses them.
+    # The library that carries data between ranks: NCCL between GPUs, otherwise gloo. Ranks
+    # that share a GPU need gloo, too, because NCCL refuses them.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
@@ -246,8 +251,8 @@ def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
 def after_restart(given: dict, launch_store: dist.Store) -> dict:
     """DDP: if torchrun restarted us and our run was saved, resume it: {"resume": folder}.
 
-    Otherwise the flags stay as given. The folder may still hold an older run, which
-    --overwrite was about to replace when a rank died. The id tells the two runs apart.
+    Otherwise the flags stay as given. If a rank died before our first save, last.pt may be
+    that of an older run, which --overwrite was to replace. So we compare ids.
     """
     if "resume" in given or not launch_store.check(["run"]):
         return given
@@ -295,7 +300,8 @@ def pick_device(config: dict) -> torch.device:
         gpus = max(1, torch.cuda.device_count())  # if there is none, find_device says so
         return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 if you did not set it, which leaves cores idle.
+        # torchrun sets it to 1 if you did not set it, which leaves cores idle. (We cannot tell
+        # if you set it to 1 yourself.)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
     return torch.device("cpu")
@@ -363,7 +369,7 @@ def main() -> None:
 
 
 def refuse_half_a_launch() -> None:
-    """DDP: UserError if RANK and WORLD_SIZE are set, but another variable is missing.
+    """DDP: UserError if there are several processes, but one of the variables is missing.
 
     Otherwise every process would believe that it is alone, and train the same run.
     """

@@ -172,8 +172,8 @@ class Run:
         model = make_network(config)
         self.model = model.to(device, memory_format=torch.channels_last)
         if config["compile"]:
-            # dynamic=False: compile once for each batch size (32, the short last batch,
-            # validation) instead of once, for slower code that accepts all of them
+            # dynamic=False: compile separately for each batch size (32, the short last
+            # batch, validation). One version for all sizes would be slower.
             self.model.compile(dynamic=False)
         # Adam divides each weight's step by the size of its recent gradients, so one
         # learning rate suits all layers. fused: one kernel updates all weights.
@@ -238,7 +238,8 @@ class Run:
         """Write the run as it is after an epoch, or before the first one.
 
         best.pt comes before last.pt: after a stop between the two, the epoch is
-        repeated and ends the same.
+        repeated and ends the same. In the other order, the history in last.pt could name
+        a best epoch that best.pt does not hold.
         """
         self.lock.check()  # or we would write into somebody else's run
         # Only tensors and plain Python types: load_checkpoint accepts nothing else.
@@ -252,7 +253,9 @@ class Run:
         if self.history and self.best is self.history[-1]:
             write_file(self.folder / "best.pt", content)
         write_file(self.folder / "last.pt", content)
-        if not self.history:  # the new run is on disk: only now may an old one go
+        # A new run has no best epoch yet. Remove what is left of the run that it replaces,
+        # now that last.pt is its own.
+        if not self.history:
             for name in ("best.pt", "report.json"):
                 (self.folder / name).unlink(missing_ok=True)
         self.save_for_people()
@@ -313,7 +316,8 @@ def build_parser(description: str) -> "Parser":
     flag("--epochs", "passes over the training images", type=count, metavar="N")
     flag("--batch-size", "images per step and process", type=count, metavar="N")
     flag("--lr", "learning rate of Adam, times 0.7 every 2 epochs", type=real(1e-9, 100))
-    flag("--seed", "seed of weights, order and augmentation", type=number_between(int, 0, 4_000_000))
+    flag("--seed", "seed of weights, order and augmentation",
+         type=number_between(int, 0, 4_000_000))
     flag("--device", "cpu, cuda, cuda:1 ...; without it, the GPU if there is one")
     flag("--compile", "torch.compile: a minute at first, then perhaps faster steps",
          action=argparse.BooleanOptionalAction)
@@ -545,8 +549,8 @@ class FolderLock:
         """UserError if our folder was moved or removed.
 
         Another training may have made a new folder of the same name, and we must not
-        write into that. (A file keeps its inode number when its folder is moved, and
-        while it is open no other file gets that number.)
+        write into that. (samestat compares inode numbers, the file system's own name of
+        a file. It stays when the folder is moved, and no other file gets it meanwhile.)
         """
         found = self.file.stat() if self.file.exists() else None
         if found is None or not os.path.samestat(found, self.file_identity):
@@ -708,8 +712,8 @@ def flush_streams() -> None:
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     """Call main, then leave(code). A mistake of the user is one line and code 2.
 
-    A traceback means a bug, or that another rank died. Of several processes that find
-    the same mistake, one prints it; the `quiet` ones wait for that.
+    A traceback means a bug, or that another rank died. If several processes find the
+    same mistake, one should print it: a `quiet` one waits 30 s before it prints.
     """
     import signal
 
@@ -730,8 +734,8 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     if mistake is not None:
         code = 2
         if quiet:
-            # If all processes found the same mistake, one has printed it, and torchrun
-            # kills this process meanwhile. Otherwise only this process knows it.
+            # Usually torchrun kills this process meanwhile, because another one failed. If
+            # it is still alive afterwards, nobody else has found the mistake.
             time.sleep(30)
         with suppress(OSError):
             print(f"error: {mistake}", file=sys.stderr)
