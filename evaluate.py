@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from scipy import ndimage
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -820,50 +821,204 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
     save(figure, f"Validation accuracy over epochs and over time\n{join(common)}", file)
 
 
-# -- 4. Your own digits -----------------------------------------------------------
+# -- 4. Your own digits ------------------------------------------------------------
+
+# A photo becomes a picture like those of MNIST in five steps, and each step is a function:
+# brightness -> ink -> ink without the lines of the paper -> the digit alone -> 28x28.
+
+SIDE = 480  # pixels: the longer side of every photo; all lengths below go with it
+CLEAR = 0.5  # the longest capsule leads by less in 1 % of MNIST's test digits
+PAGE = 8  # digits on one page of own-digits.png
 
 
-def read_digit(file: Path) -> np.ndarray:
-    """A photo, scan or drawing of one digit as MNIST has it: uint8 [28, 28], light on black."""
+def read_brightness(file: Path) -> np.ndarray:
+    """An image file -> its brightness from 0 to 1, [h, w], with a longer side of SIDE pixels."""
     try:
-        image = ImageOps.exif_transpose(Image.open(file))  # phones note how they were held
-        if image.mode[0] not in "IF":  # those have 16 or 32 bits, and no colours
-            paper = Image.new("RGBA", image.size, "white")  # under what is transparent
-            image = Image.alpha_composite(paper, image.convert("RGBA")).convert("L")
-        image = image.convert("F")
-        image.thumbnail((400, 400))  # takes the mean of neighbours, and grain with it
-        grey = np.asarray(image) / max(1, np.max(image))  # [h, w], of 16 bits often few are used
+        image = Image.open(file)
+        image.draft(None, (2 * SIDE, 2 * SIDE))  # decodes a large JPEG at 1/2, 1/4 or 1/8: faster
+        image = ImageOps.exif_transpose(image)  # phones note how they were held
+        deep = image.mode[0] in "IF"  # 16 or 32 bits a pixel, and no colours
+        image = image.convert("F" if deep else "RGBA")
+        image = ImageOps.contain(image, (SIDE, SIDE))
+        if 0 in image.size:
+            raise ValueError("it is too long and thin")
     except Exception as error:  # noqa: BLE001 - a damaged image makes PIL fail in any way at all
-        raise UserError(f"{file} is no image that can be read: {error}") from None
-    paper = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
-    ink = np.abs(grey - paper)  # whichever of the two is dark
-    if not ink.max() >= 0.1:
-        raise UserError(f"{file}: no digit can be seen, all of it is about equally light")
-    ink = np.clip(ink / ink.max() - 0.3, 0, None)  # weak shadows and grain count as paper
-    ys, xs = ink.nonzero()
-    ink = Image.fromarray(ink).crop((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-    size = [max(1, round(20 * length / max(ink.size))) for length in ink.size]  # within 20x20
-    ink = np.asarray(ink.resize(size, Image.Resampling.BILINEAR))
-    y, x = (np.indices(ink.shape) * ink).sum(axis=(1, 2)) / ink.sum()  # the centre of mass
-    ink = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
+        formats = "PNG, JPEG, WebP, GIF, TIFF and BMP can"
+        raise UserError(f"{file} is not an image that can be read ({formats}): {error}") from None
+    if not deep:
+        opaque = image.getchannel("A")
+        page = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(page, image).convert("L")
+        if np.median(opaque) < 128:  # a transparent page: everything opaque is ink, even white
+            image = ImageOps.invert(opaque)
+    brightness = np.asarray(image, dtype=np.float32)
+    brightness = ndimage.gaussian_filter(brightness, 1)  # 1 pixel wide: less grain
+    return brightness / max(1, brightness.max())  # 16-bit images often use few of their values
+
+
+def lean_to_light(brightness: np.ndarray) -> float:
+    """Above 0 if the paper is light, below 0 if it is dark: most pixels around ink are paper."""
+    near = SIDE // 8
+    brightness = np.pad(brightness, near, mode="edge")  # a digit may fill the whole picture
+    lightest = ndimage.maximum_filter(brightness, near)
+    darkest = ndimage.minimum_filter(brightness, near)
+    middle = (lightest + darkest) / 2
+    return np.sum(brightness - middle) / np.sum(lightest - darkest + 1e-9)
+
+
+def find_ink(brightness: np.ndarray) -> np.ndarray:
+    """Brightness [h, w] -> how much darker each pixel is than the paper around it, from 0 to 1."""
+    # A closing removes whatever is dark and narrow: strokes. Wide shadows and desks stay paper.
+    paper = ndimage.grey_closing(brightness, SIDE // 4)
+    for _ in range(12):  # a square does not fit into round shadows: let them grow back 24 pixels
+        paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
+    return (paper - brightness) / np.maximum(paper, 0.4)  # 0.4: or the grain of a dark desk grows
+
+
+def find_rules(ink: np.ndarray) -> np.ndarray:
+    """Ink [h, w] -> the ink of thin straight lines from the left edge to the right, [h, w]."""
+    height, width = ink.shape
+    lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # lines are never quite straight
+    thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))  # [h, w/4]
+    rules = np.zeros_like(lines)
+    for slope in np.linspace(-0.1, 0.1, 21):
+        rise = np.round(slope * np.arange(0, width, 4)).astype(int)
+        rows = (np.arange(height)[:, None] + rise) % height  # each row follows one line
+        along = np.sort(np.take_along_axis(lines, rows, axis=0))
+        thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
+        # Of the pixels of a rule, 80 % are dark, and a third is thin: ink may cover the others.
+        common = np.minimum(along[:, width // 20], thin_along[:, width // 6])
+        found = np.maximum(np.take_along_axis(rules, rows, axis=0), common[:, None])
+        np.put_along_axis(rules, rows, found, axis=0)
+    return rules.repeat(4, axis=1)[:, :width]
+
+
+def without_rules(ink: np.ndarray) -> np.ndarray:
+    """Ink without the lines of lined and squared paper, margins and frames."""
+    rules = np.maximum(find_rules(ink), find_rules(ink.T).T)
+    left = np.where(ink > 1.5 * rules, ink, 0)  # a stroke that crosses a rule is darker
+    return left if left.max() > 0.3 * ink.max() else ink  # or the line was a digit 1
+
+
+def without_boxes(parts: np.ndarray) -> np.ndarray:
+    """Numbered parts [h, w] -> the same without those drawn around others: a form's box."""
+    left = parts.copy()
+    for number, place in enumerate(ndimage.find_objects(parts), start=1):
+        own = parts[place] == number
+        hole = ndimage.binary_fill_holes(own) & ~own
+        if np.count_nonzero(parts[place][hole]) > 0.2 * own.sum():  # more than a speck
+            left[place][own] = 0
+    return left
+
+
+def find_digit(ink: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Ink [h, w] -> where the digit is, bool [h, w], and the reasons to doubt it."""
+    depth = np.outer(np.hanning(len(ink)), np.hanning(len(ink[0])))  # 1 in the middle, 0 at edges
+    central = ink * depth
+    parts, count = ndimage.label(ink > 0.3 * central.max(), np.ones((3, 3)))  # corners may touch
+    parts = without_boxes(parts)
+    numbers = np.arange(count + 1)  # 0 is the paper
+    at_edge = np.isin(numbers, parts[depth == 0])
+    weight = ndimage.sum(central, parts, numbers) * np.where(at_edge, 0.3, 1)
+    weight[0] = 0
+    main = weight.argmax()
+    darkest = ndimage.maximum(ink, parts, numbers)
+    wanted = darkest > 0.5 * darkest[main]  # fainter parts are shadow or grain
+    wanted &= at_edge <= at_edge[main]
+    whole = wanted[parts] & (parts > 0)
+    # Parts less than a tenth of the height apart belong together: broken strokes, the roof of a 5.
+    height = np.ptp(np.nonzero(parts == main)[0]) + 1
+    groups, _ = ndimage.label(ndimage.distance_transform_edt(~whole) < 0.05 * height)
+    chosen = whole & (groups == groups[parts == main].max())
+    ys, xs = chosen.nonzero()
+    total = central[chosen].sum()
+    doubts = {
+        "several candidates": central[whole & ~chosen].sum() > 0.2 * total,
+        "ink at the edge of the picture": at_edge[main] or weight[at_edge].sum() > 0.3 * total,
+        "wider than a digit": np.ptp(xs) > 1.3 * np.ptp(ys),
+        "very small": np.ptp(ys) < SIDE / 24,
+    }
+    return chosen, [reason for reason, holds in doubts.items() if holds]
+
+
+def as_mnist(ink: np.ndarray) -> np.ndarray:
+    """The ink of one digit [h, w] -> uint8 [28, 28], light on black, as MNIST has it."""
+    ink = np.clip(ink / ink.max() - 0.3, 0, None)  # the rim of a stroke is half paper
+    box = ndimage.find_objects((ink > 0).astype(int))[0]
+    image = Image.fromarray(ink[box])
+    size = [max(1, round(20 * length / max(image.size))) for length in image.size]  # in 20x20
+    ink = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+    y, x = ndimage.center_of_mass(ink)  # goes to the middle
     digit = Image.new("L", (28, 28))
-    digit.paste(ink, (round(14 - x), round(14 - y)))  # goes to the middle
+    grey = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
+    digit.paste(grey, (round(14 - x), round(14 - y)))
     return np.array(digit)
 
 
+def read_digit(file: Path) -> dict:
+    """A photo, scan or drawing of one digit -> file, photo (uint8 [h, w]), the digit's box in it,
+    the digit as MNIST has it (uint8 [28, 28]), and doubts: reasons why it may be misread."""
+    photo = read_brightness(file)
+    lean = lean_to_light(photo)
+    ink = without_rules(find_ink(photo if lean > 0 else 1 - photo))
+    if not ink[1:-1, 1:-1].max(initial=0) >= 0.1:
+        raise UserError(f"{file}: no digit can be seen, no stroke stands out: try a darker pen")
+    place, doubts = find_digit(ink)
+    if abs(lean) < 0.02:
+        doubts.append("as much ink as paper")
+    photo = (255 * photo).astype(np.uint8)
+    box = ndimage.find_objects(place.astype(int))[0]  # its rows and its columns
+    digit = as_mnist(ink * place)
+    return {"file": file, "photo": photo, "box": box, "digit": digit, "doubts": doubts}
+
+
 def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
-    """What the network says of the user's images: printed, and drawn beside what it saw."""
-    digits = np.stack([read_digit(file) for file in args.image])
-    lengths = predict(load_network(run, args.device), torch.from_numpy(digits)).numpy()
-    figure, axes = plt.subplots(len(digits), 2, figsize=(9, 1.2 + 2.1 * len(digits)), squeeze=False)
-    for (left, right), file, digit, row in zip(axes, args.image, digits, lengths, strict=True):
-        print(f"{file}: {row.argmax()}, lengths {' '.join(f'{length:.2f}' for length in row)}")
-        left.imshow(digit, cmap="gray_r")  # as ink on paper
+    """What the network says of the user's images: printed, and drawn on pages of PAGE digits."""
+    files = progress(args.image, "images")
+    readings = [read_digit(file) for file in files]  # a bad file ends this before any answer
+    digits = np.stack([reading["digit"] for reading in readings])
+    model = load_network(run, args.device)
+    lengths = predict(model, torch.from_numpy(digits)).numpy()
+    for reading, row in zip(readings, lengths, strict=True):
+        reading["lengths"] = row
+        second, first = np.sort(row)[-2:]
+        if first - second < CLEAR:
+            reading["doubts"].append("no clear winner")
+        numbers = " ".join(f"{length:.2f}" for length in row)
+        doubts = ", ".join(reading["doubts"])
+        unsure = f", unsure: {doubts}" if doubts else ""
+        print(f"{reading['file']}: {row.argmax()}, lengths {numbers}{unsure}")
+    pages = math.ceil(len(readings) / PAGE)
+    for page in progress(range(pages), "pages"):
+        figure = draw_readings(readings[page * PAGE : (page + 1) * PAGE])
+        number = f"-{page + 1}" if page else ""
+        title = f"{describe(run)}\npage {page + 1} of {pages}"
+        save(figure, title, out / f"own-digits{number}.png")
+
+
+def draw_readings(readings: list[dict]) -> plt.Figure:
+    """A row for each: the photo with a box around the digit, the digit, its capsule lengths."""
+    size = (13, 1.4 + 2.6 * len(readings))  # inches
+    style = {"figsize": size, "width_ratios": [4, 3, 6], "squeeze": False}
+    figure, axes = plt.subplots(len(readings), 3, **style)
+    for (left, middle, right), reading in zip(axes, readings, strict=True):
+        left.imshow(reading["photo"], cmap="gray", vmin=0, vmax=255)
+        rows, columns = reading["box"]
+        width, height = columns.stop - columns.start, rows.stop - rows.start
+        corner = (columns.start, rows.start)
+        left.add_patch(plt.Rectangle(corner, width, height, fill=False, color=RED, linewidth=3))
+        middle.imshow(reading["digit"], cmap="gray_r")  # as ink on paper
         left.set(xticks=[], yticks=[])
-        right.bar(range(10), row, color=[RED if k == row.argmax() else "grey" for k in range(10)])
+        middle.set(xticks=[], yticks=[])
+        lengths = reading["lengths"]
+        answer = lengths.argmax()
+        right.bar(range(10), lengths, color=[RED if k == answer else "grey" for k in range(10)])
         right.set(xticks=range(10), ylim=(0, 1), ylabel="length")
-        right.set_title(f"{file.name!a}: {row.argmax()}", parse_math=False)  # in ASCII; $ is $
-    save(figure, describe(run), out / "own-digits.png")
+        title = f"{reading['file'].name!a}: {answer}"  # in ASCII
+        if reading["doubts"]:
+            title += f"\nunsure: {reading['doubts'][0]}"
+        right.set_title(title, parse_math=False)  # $ is $
+    return figure
 
 
 # -- 5. Main -----------------------------------------------------------------------

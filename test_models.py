@@ -38,7 +38,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
@@ -1972,23 +1972,139 @@ def test_own_digits_become_mnists(tmp_path, reported):
     light = Image.fromarray(pixels)
     images = {"dark": light, "light": Image.fromarray(255 - pixels), "rgb": light.convert("RGB")}
     images["deep"] = Image.fromarray(pixels.astype(np.uint16) * 256)
-    images["rgba"] = Image.new("RGBA", light.size)  # black ink on nothing
-    images["rgba"].putalpha(Image.fromarray(255 - pixels))
+    images["palette"] = light.convert("P")
+    for colour in ("black", "white"):  # ink on nothing
+        images[colour] = Image.new("RGBA", light.size, colour)
+        images[colour].putalpha(Image.fromarray(255 - pixels))
     seen = {}
     for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
-        seen[name] = evaluate.read_digit(tmp_path / f"{name}.png").astype(float)
+        seen[name] = evaluate.read_digit(tmp_path / f"{name}.png")["digit"].astype(float)
+    turned = light.resize((4000, 2571)).transpose(Image.Transpose.ROTATE_90)  # as phones save it
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    turned.save(tmp_path / "phone.jpg", exif=exif)
+    seen["phone"] = evaluate.read_digit(tmp_path / "phone.jpg")["digit"].astype(float)
     ys, xs = seen["dark"].nonzero()
     assert (np.ptp(ys), np.ptp(xs)) == (19, pytest.approx(12, abs=1))  # in 20x20, 50 by 33
     centre = (np.indices((28, 28)) * seen["dark"]).sum(axis=(1, 2)) / seen["dark"].sum()
     assert np.abs(centre - 13.5).max() < 1
+    assert len(np.unique(seen["dark"])) > 20  # grey levels, as MNIST has them
     for name, digit in seen.items():
-        assert np.abs(digit - seen["dark"]).mean() < 8, name
+        assert np.abs(digit - seen["dark"]).mean() < 4, name
     image, command = tmp_path / "dark.png", (reported[0], "--out", tmp_path / "out", "--image")
     code, printed, error = evaluated(*command, image)
     assert code == 0 and "dark.png: " in printed, error
     assert (tmp_path / "out" / "own-digits.png").exists()
     image.write_text("no image")
-    assert_one_line(evaluated(*command, image), "dark.png is no image")
+    assert_one_line(evaluated(*command, image), "dark.png is not an image", "PNG, JPEG")
     Image.new("L", (50, 50), "white").save(image)
     assert_one_line(evaluated(*command, image), "no digit can be seen")
+    Image.new("L", (5000, 2), "white").save(image)
+    assert_one_line(evaluated(*command, image), "too long and thin")
+
+
+TWO = [(250, 170), (280, 130), (340, 120), (375, 160), (360, 210), (240, 350), (385, 345)]
+BODY = [(270, 140), (262, 215), (330, 205), (375, 260), (350, 330), (245, 345)]  # of a 5
+LIGHT = {  # the share of the light that comes from x, y of a photo of 640 by 480 pixels
+    "lined paper": lambda x, y: 1 - 0.4 * ((y + x // 40) % 45 < 3),
+    "squared paper": lambda x, y: 1 - 0.4 * (((y + x // 40) % 45 < 3) | ((x - y // 40) % 45 < 3)),
+    "red margin": lambda x, y: 1 - 0.5 * (abs(x - y // 30 - 300) < 3),
+    "sheet on a desk": lambda x, y: 1 - 0.7 * ((abs(x + y / 9 - 350) > 230) | (abs(y - 240) > 190)),
+    "desk at one side": lambda x, y: 1 - 0.7 * (x + y / 20 < 120),
+    "frame": lambda x, y: (x > 0) & (x < 637) & (y > 1) & (y < 479),
+    "shadow of a hand": lambda x, y: 1 - 0.5 * (np.hypot(x - 480, y - 380) < 200),
+    "light from one side": lambda x, y: 1 - x / 1280,
+    "dark corners": lambda x, y: 1 - (np.hypot(x - 320, y - 240) / 550) ** 2,
+    "box of a form": lambda x, y: 1 - 0.8 * (abs(np.hypot(x - 315, y - 235) - 165) < 3),
+    "speck": lambda x, y: 1 - 0.9 * (np.hypot(x - 20, y - 20) < 7),
+    "punch holes": lambda x, y: 1 - 0.7 * (np.hypot(x - 40, abs(y - 240) - 130) < 14),
+}
+
+
+def photograph(file, *strokes, light=None, width=24, box=None):
+    """What is read from a photo of strokes, each a list of points (x, y), on paper in this light;
+    `box`: left, top, right and bottom of the part that the photo shows."""
+    page = Image.new("L", (640, 480))
+    for points in strokes:
+        ImageDraw.Draw(page).line(points, fill=255, width=width, joint="curve")
+    y, x = np.indices((480, 640))
+    photo = 240 * (1 - 0.85 * np.asarray(page) / 255)
+    if light is not None:
+        photo = photo * light(x, y)
+    Image.fromarray(photo.astype(np.uint8)).crop(box or (0, 0, 640, 480)).save(file)
+    return evaluate.read_digit(file)
+
+
+def difference(one, other):
+    """Mean difference of two digits; the strokes above have a mean of 25, of 255."""
+    return np.abs(one["digit"].astype(float) - other["digit"]).mean()
+
+
+@pytest.mark.parametrize("kind", LIGHT)
+def test_a_digit_is_read_from_any_paper_in_any_light(kind, tmp_path):
+    clean = photograph(tmp_path / "clean.png", TWO)
+    found = photograph(tmp_path / "photo.png", TWO, light=LIGHT[kind])
+    assert difference(found, clean) < 4
+    assert found["doubts"] == clean["doubts"] == []
+
+
+def test_parts_of_a_digit_stay_together(tmp_path):
+    whole = photograph(tmp_path / "whole.png", BODY, [(270, 140), (370, 135)])
+    parts = photograph(tmp_path / "parts.png", BODY, [(293, 140), (370, 135)])
+    body = photograph(tmp_path / "body.png", BODY)
+    assert difference(parts, whole) < 4 < difference(body, whole)
+    assert parts["doubts"] == []
+
+
+def test_a_digit_may_fill_the_picture(tmp_path):
+    """Thick strokes and no margin: as much ink as paper, and each is as wide as the other."""
+    whole = photograph(tmp_path / "whole.png", TWO, width=40)
+    tight = photograph(tmp_path / "tight.png", TWO, width=40, box=(219, 97, 408, 372))
+    assert difference(tight, whole) < 4
+
+
+def test_a_line_across_the_picture_may_be_a_digit(tmp_path):
+    one = photograph(tmp_path / "1.png", [(320, 0), (330, 480)], width=8)
+    ys, xs = one["digit"].nonzero()
+    assert np.ptp(ys) == 19 and np.ptp(xs) < 4
+
+
+def test_doubts_about_a_digit_are_said(tmp_path):
+    def doubts(*strokes, **more):
+        return photograph(tmp_path / "photo.png", *strokes, **more)["doubts"]
+
+    beside = [(x + 200, y) for x, y in TWO]
+    assert doubts(TWO, beside) == ["several candidates"]
+    assert doubts(TWO, beside, [(385, 345), (450, 170)]) == ["wider than a digit"]
+    assert doubts(TWO, box=(0, 0, 640, 300)) == ["ink at the edge of the picture"]
+    assert doubts([(320, 240), (320, 250)], width=8) == ["very small"]
+    stripes = [[(x, 0), (x, 480)] for x in range(20, 640, 80)]
+    assert "as much ink as paper" in doubts(*stripes, width=40)
+
+
+def test_many_own_digits_are_pages(tmp_path, reported, monkeypatch):
+    photograph(tmp_path / "0.png", TWO)
+    photograph(tmp_path / "1.png", TWO, [(x + 200, y) for x, y in TWO])
+    photograph(tmp_path / "2.png", TWO)
+    images = [tmp_path / f"{k}.png" for k in range(3)]
+    lengths = torch.full([3, 10], 0.1)
+    lengths[:, 2] = 0.9
+    lengths[2, 7] = 0.6
+    monkeypatch.setattr(evaluate, "predict", lambda model, digits: lengths)
+    monkeypatch.setattr(evaluate, "PAGE", 2)
+    out = tmp_path / "out"
+    code, printed, error = evaluated(reported[0], "--out", out, "--image", *images)
+    assert code == 0, error
+    first, second, third = printed.splitlines()[:3]
+    assert first.startswith(f"{images[0]}: 2, lengths 0.10 0.10 0.90") and "unsure" not in first
+    assert second.endswith(", unsure: several candidates")
+    assert third.endswith(", unsure: no clear winner")
+    assert {page.name for page in out.iterdir()} == {"own-digits.png", "own-digits-2.png"}
+    for page in out.iterdir():
+        with Image.open(page) as picture:
+            assert picture.width < 1500 and picture.height < 2500
+    images[2].write_text("no image")  # one bad file: no answer, no page
+    result = evaluated(reported[0], "--out", tmp_path / "none", "--image", *images)
+    assert_one_line(result, "2.png is not an image")
+    assert result[1] == "" and not list((tmp_path / "none").iterdir())
