@@ -828,38 +828,45 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
 
 SIDE = 480  # pixels: the longer side of every photo; all lengths below go with it
 CLEAR = 0.5  # the longest capsule leads by less in 1 % of MNIST's test digits
-PAGE = 8  # digits on one page of own-digits.png
+PAGE = 6  # digits on one page of own-digits.png
 
 
 def read_brightness(file: Path) -> np.ndarray:
-    """An image file -> its brightness from 0 to 1, [h, w], with a longer side of SIDE pixels."""
+    """An image file -> brightness [h, w], 0 to 1; the longer side has SIDE pixels."""
     try:
         image = Image.open(file)
-        image.draft(None, (2 * SIDE, 2 * SIDE))  # decodes a large JPEG at 1/2, 1/4 or 1/8: faster
+        # Let the JPEG decoder shrink a large photo while it reads it: faster.
+        image.draft(None, (2 * SIDE, 2 * SIDE))
         image = ImageOps.exif_transpose(image)  # phones note how they were held
         deep = image.mode[0] in "IF"  # 16 or 32 bits a pixel, and no colours
         image = image.convert("F" if deep else "RGBA")
         image = ImageOps.contain(image, (SIDE, SIDE))
         if 0 in image.size:
             raise ValueError("it is too long and thin")
-    except Exception as error:  # noqa: BLE001 - a damaged image makes PIL fail in any way at all
-        formats = "PNG, JPEG, WebP, GIF, TIFF and BMP can"
-        raise UserError(f"{file} is not an image that can be read ({formats}): {error}") from None
+    except Exception as error:  # noqa: BLE001 - PIL fails in many ways
+        formats = "PNG, JPEG, WebP, GIF, TIFF and BMP work"
+        text = f"{file} is not an image that can be read: {error} ({formats})"
+        raise UserError(text) from None
     if not deep:
         opaque = image.getchannel("A")
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image).convert("L")
-        if np.median(opaque) < 128:  # a transparent page: everything opaque is ink, even white
+        if np.median(opaque) < 128:  # transparent paper: the rest is ink, even white
             image = ImageOps.invert(opaque)
     brightness = np.asarray(image, dtype=np.float32)
-    brightness = ndimage.gaussian_filter(brightness, 1)  # 1 pixel wide: less grain
-    return brightness / max(1, brightness.max())  # 16-bit images often use few of their values
+    brightness = ndimage.gaussian_filter(brightness, 1)  # a pixel wide: less grain
+    # A 16-bit image often uses few of its values.
+    return brightness / max(1, brightness.max())
 
 
 def lean_to_light(brightness: np.ndarray) -> float:
-    """Above 0 if the paper is light, below 0 if it is dark: most pixels around ink are paper."""
+    """Above 0 if the paper is light, below 0 if it is dark.
+
+    Around ink, most pixels are paper.
+    """
     near = SIDE // 8
-    brightness = np.pad(brightness, near, mode="edge")  # a digit may fill the whole picture
+    # A digit may fill the whole picture: continue the paper beyond its edges.
+    brightness = np.pad(brightness, near, mode="edge")
     lightest = ndimage.maximum_filter(brightness, near)
     darkest = ndimage.minimum_filter(brightness, near)
     middle = (lightest + darkest) / 2
@@ -867,29 +874,32 @@ def lean_to_light(brightness: np.ndarray) -> float:
 
 
 def find_ink(brightness: np.ndarray) -> np.ndarray:
-    """Brightness [h, w] -> how much darker each pixel is than the paper around it, from 0 to 1."""
-    # A closing removes whatever is dark and narrow: strokes. Wide shadows and desks stay paper.
+    """Brightness [h, w] -> ink: how much darker than the paper around it, from 0 to 1."""
+    # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    for _ in range(12):  # a square does not fit into round shadows: let them grow back 24 pixels
+    # Its square does not fit into the round edge of a shadow: grow back by 24 pixels.
+    for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
-    return (paper - brightness) / np.maximum(paper, 0.4)  # 0.4: or the grain of a dark desk grows
+    # At least 0.4, so that the grain of a black desk is not ink.
+    return (paper - brightness) / np.maximum(paper, 0.4)
 
 
 def find_rules(ink: np.ndarray) -> np.ndarray:
-    """Ink [h, w] -> the ink of thin straight lines from the left edge to the right, [h, w]."""
+    """Ink [h, w] -> the ink of thin straight lines from the left edge to the right."""
     height, width = ink.shape
-    lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # lines are never quite straight
-    thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))  # [h, w/4]
+    columns = np.arange(0, width, 4)  # a quarter of them is enough
+    lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
+    thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))
     rules = np.zeros_like(lines)
     for slope in np.linspace(-0.1, 0.1, 21):
-        rise = np.round(slope * np.arange(0, width, 4)).astype(int)
+        rise = np.round(slope * columns).astype(int)
         rows = (np.arange(height)[:, None] + rise) % height  # each row follows one line
         along = np.sort(np.take_along_axis(lines, rows, axis=0))
         thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
-        # Of the pixels of a rule, 80 % are dark, and a third is thin: ink may cover the others.
-        common = np.minimum(along[:, width // 20], thin_along[:, width // 6])
-        found = np.maximum(np.take_along_axis(rules, rows, axis=0), common[:, None])
-        np.put_along_axis(rules, rows, found, axis=0)
+        # 80 % of a rule is dark, and a third of it is thin: ink may cover the rest.
+        rule = np.minimum(along[:, width // 20], thin_along[:, width // 6])
+        known = np.take_along_axis(rules, rows, axis=0)
+        np.put_along_axis(rules, rows, np.maximum(known, rule[:, None]), axis=0)
     return rules.repeat(4, axis=1)[:, :width]
 
 
@@ -901,124 +911,179 @@ def without_rules(ink: np.ndarray) -> np.ndarray:
 
 
 def without_boxes(parts: np.ndarray) -> np.ndarray:
-    """Numbered parts [h, w] -> the same without those drawn around others: a form's box."""
+    """Numbered parts [h, w] -> the same without those around others: a form's box."""
     left = parts.copy()
     for number, place in enumerate(ndimage.find_objects(parts), start=1):
         own = parts[place] == number
         hole = ndimage.binary_fill_holes(own) & ~own
-        if np.count_nonzero(parts[place][hole]) > 0.2 * own.sum():  # more than a speck
+        inside = np.count_nonzero(parts[place][hole])
+        if inside > 0.2 * own.sum():  # more than a speck
             left[place][own] = 0
     return left
 
 
+def with_near_parts(whole: np.ndarray, main: np.ndarray) -> np.ndarray:
+    """The main part of a digit -> with the parts less than a tenth of its height apart.
+
+    Broken strokes and the roof of a 5 belong to the digit; all are bool [h, w].
+    """
+    height = np.ptp(main.nonzero()[0]) + 1
+    near = ndimage.distance_transform_edt(~whole) < 0.05 * height
+    groups, _ = ndimage.label(near)
+    return whole & (groups == groups[main].max())
+
+
 def find_digit(ink: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Ink [h, w] -> where the digit is, bool [h, w], and the reasons to doubt it."""
-    depth = np.outer(np.hanning(len(ink)), np.hanning(len(ink[0])))  # 1 in the middle, 0 at edges
+    height, width = ink.shape
+    # 1 in the middle of the picture, 0 at its edges
+    depth = np.outer(np.hanning(height), np.hanning(width))
     central = ink * depth
-    parts, count = ndimage.label(ink > 0.3 * central.max(), np.ones((3, 3)))  # corners may touch
+    parts, count = ndimage.label(ink > 0.3 * central.max(), np.ones((3, 3)))
     parts = without_boxes(parts)
     numbers = np.arange(count + 1)  # 0 is the paper
     at_edge = np.isin(numbers, parts[depth == 0])
-    weight = ndimage.sum(central, parts, numbers) * np.where(at_edge, 0.3, 1)
+    weight = ndimage.sum(central, parts, numbers)
+    weight[at_edge] *= 0.3
     weight[0] = 0
     main = weight.argmax()
     darkest = ndimage.maximum(ink, parts, numbers)
-    wanted = darkest > 0.5 * darkest[main]  # fainter parts are shadow or grain
-    wanted &= at_edge <= at_edge[main]
+    wanted = darkest > 0.5 * darkest[main]  # what is fainter is shadow or grain
+    if not at_edge[main]:
+        wanted &= ~at_edge  # these are a desk, a finger or a neighbour
     whole = wanted[parts] & (parts > 0)
-    # Parts less than a tenth of the height apart belong together: broken strokes, the roof of a 5.
-    height = np.ptp(np.nonzero(parts == main)[0]) + 1
-    groups, _ = ndimage.label(ndimage.distance_transform_edt(~whole) < 0.05 * height)
-    chosen = whole & (groups == groups[parts == main].max())
-    ys, xs = chosen.nonzero()
-    total = central[chosen].sum()
+    digit = with_near_parts(whole, parts == main)
+    others = whole & ~digit
+    ys, xs = digit.nonzero()
     doubts = {
-        "several candidates": central[whole & ~chosen].sum() > 0.2 * total,
-        "ink at the edge of the picture": at_edge[main] or weight[at_edge].sum() > 0.3 * total,
+        "several candidates": central[others].sum() > 0.2 * central[digit].sum(),
+        "ink at the edge of the picture": at_edge[main],
         "wider than a digit": np.ptp(xs) > 1.3 * np.ptp(ys),
-        "very small": np.ptp(ys) < SIDE / 24,
+        "very small": np.ptp(ys) < 20,  # pixels: MNIST's digits are 20 high
     }
-    return chosen, [reason for reason, holds in doubts.items() if holds]
+    return digit, [reason for reason, holds in doubts.items() if holds]
 
 
 def as_mnist(ink: np.ndarray) -> np.ndarray:
-    """The ink of one digit [h, w] -> uint8 [28, 28], light on black, as MNIST has it."""
+    """The ink of one digit [h, w] -> uint8 [28, 28], light on black, like MNIST's."""
     ink = np.clip(ink / ink.max() - 0.3, 0, None)  # the rim of a stroke is half paper
     box = ndimage.find_objects((ink > 0).astype(int))[0]
     image = Image.fromarray(ink[box])
-    size = [max(1, round(20 * length / max(image.size))) for length in image.size]  # in 20x20
+    scale = 20 / max(image.size)  # MNIST's digits fit into 20x20
+    size = [max(1, round(scale * length)) for length in image.size]
     ink = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     y, x = ndimage.center_of_mass(ink)  # goes to the middle
+    image = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
     digit = Image.new("L", (28, 28))
-    grey = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
-    digit.paste(grey, (round(14 - x), round(14 - y)))
+    digit.paste(image, (round(14 - x), round(14 - y)))
     return np.array(digit)
 
 
 def read_digit(file: Path) -> dict:
-    """A photo, scan or drawing of one digit -> file, photo (uint8 [h, w]), the digit's box in it,
-    the digit as MNIST has it (uint8 [28, 28]), and doubts: reasons why it may be misread."""
+    """Find the digit in a photo, scan or drawing, before any network sees it.
+
+    Returns file; photo, uint8 [h, w]; box, the digit's rows and columns in it; digit,
+    uint8 [28, 28], as MNIST has it; doubts, a list of reasons why it may be wrong.
+    """
     photo = read_brightness(file)
     lean = lean_to_light(photo)
     ink = without_rules(find_ink(photo if lean > 0 else 1 - photo))
-    if not ink[1:-1, 1:-1].max(initial=0) >= 0.1:
-        raise UserError(f"{file}: no digit can be seen, no stroke stands out: try a darker pen")
+    if not ink[1:-1, 1:-1].max(initial=0) >= 0.1:  # NaN is not, either
+        raise UserError(f"{file}: no digit can be seen: use a darker pen or more light")
     place, doubts = find_digit(ink)
     if abs(lean) < 0.02:
         doubts.append("as much ink as paper")
-    photo = (255 * photo).astype(np.uint8)
-    box = ndimage.find_objects(place.astype(int))[0]  # its rows and its columns
-    digit = as_mnist(ink * place)
-    return {"file": file, "photo": photo, "box": box, "digit": digit, "doubts": doubts}
+    reading = {"file": file, "doubts": doubts, "digit": as_mnist(ink * place)}
+    reading["photo"] = (255 * photo).astype(np.uint8)
+    reading["box"] = ndimage.find_objects(place.astype(int))[0]
+    return reading
 
 
 def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
-    """What the network says of the user's images: printed, and drawn on pages of PAGE digits."""
-    files = progress(args.image, "images")
-    readings = [read_digit(file) for file in files]  # a bad file ends this before any answer
-    digits = np.stack([reading["digit"] for reading in readings])
+    """What the network says of the user's images: printed, and drawn on pages."""
+    # A bad file ends this before any answer.
+    readings = [read_digit(file) for file in progress(args.image, "images")]
+    digits = torch.from_numpy(np.stack([reading["digit"] for reading in readings]))
     model = load_network(run, args.device)
-    lengths = predict(model, torch.from_numpy(digits)).numpy()
-    for reading, row in zip(readings, lengths, strict=True):
-        reading["lengths"] = row
-        second, first = np.sort(row)[-2:]
+    all_lengths = predict(model, digits).numpy()
+    for reading, lengths in zip(readings, all_lengths, strict=True):
+        reading["lengths"] = lengths
+        second, first = np.sort(lengths)[-2:]
         if first - second < CLEAR:
             reading["doubts"].append("no clear winner")
-        numbers = " ".join(f"{length:.2f}" for length in row)
-        doubts = ", ".join(reading["doubts"])
-        unsure = f", unsure: {doubts}" if doubts else ""
-        print(f"{reading['file']}: {row.argmax()}, lengths {numbers}{unsure}")
+        print(describe_reading(reading))
+    if model.decoder is not None:
+        for reading, drawing in zip(readings, redraw(model, digits), strict=True):
+            reading["redrawn"] = drawing.numpy()
     pages = math.ceil(len(readings) / PAGE)
     for page in progress(range(pages), "pages"):
         figure = draw_readings(readings[page * PAGE : (page + 1) * PAGE])
-        number = f"-{page + 1}" if page else ""
+        number = f"-{page + 1}" if page > 0 else ""
         title = f"{describe(run)}\npage {page + 1} of {pages}"
         save(figure, title, out / f"own-digits{number}.png")
 
 
-def draw_readings(readings: list[dict]) -> plt.Figure:
-    """A row for each: the photo with a box around the digit, the digit, its capsule lengths."""
-    size = (13, 1.4 + 2.6 * len(readings))  # inches
-    style = {"figsize": size, "width_ratios": [4, 3, 6], "squeeze": False}
-    figure, axes = plt.subplots(len(readings), 3, **style)
-    for (left, middle, right), reading in zip(axes, readings, strict=True):
-        left.imshow(reading["photo"], cmap="gray", vmin=0, vmax=255)
-        rows, columns = reading["box"]
-        width, height = columns.stop - columns.start, rows.stop - rows.start
-        corner = (columns.start, rows.start)
-        left.add_patch(plt.Rectangle(corner, width, height, fill=False, color=RED, linewidth=3))
-        middle.imshow(reading["digit"], cmap="gray_r")  # as ink on paper
-        left.set(xticks=[], yticks=[])
-        middle.set(xticks=[], yticks=[])
-        lengths = reading["lengths"]
-        answer = lengths.argmax()
-        right.bar(range(10), lengths, color=[RED if k == answer else "grey" for k in range(10)])
-        right.set(xticks=range(10), ylim=(0, 1), ylabel="length")
-        title = f"{reading['file'].name!a}: {answer}"  # in ASCII
-        if reading["doubts"]:
-            title += f"\nunsure: {reading['doubts'][0]}"
-        right.set_title(title, parse_math=False)  # $ is $
+def describe_reading(reading: dict) -> str:
+    """The line that is printed for one image."""
+    lengths = reading["lengths"]
+    numbers = " ".join(f"{length:.2f}" for length in lengths)
+    text = f"{reading['file']}: {lengths.argmax()}, lengths {numbers}"
+    if reading["doubts"]:
+        text += f", unsure: {', '.join(reading['doubts'])}"
+    return text
+
+
+def draw_readings(readings: list[dict]):
+    """A row for each image: the photo, the digit, perhaps redrawn, and the lengths."""
+    columns = ["photo", "digit", "redrawn", "lengths"]
+    widths = [4, 3, 3, 6]
+    if "redrawn" not in readings[0]:  # without a decoder
+        columns.remove("redrawn")
+        widths.remove(3)
+    figure, axes = plt.subplots(
+        len(readings),
+        len(columns),
+        figsize=(13, 1.4 + 2.6 * len(readings)),  # inches
+        width_ratios=widths,
+        squeeze=False,
+    )
+    for row, reading in zip(axes, readings, strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            if column == "photo":
+                draw_photo(axis, reading)
+            elif column == "lengths":
+                draw_lengths(axis, reading)
+            else:
+                axis.imshow(reading[column], cmap="gray_r")  # as ink on paper
+                axis.set(xticks=[], yticks=[])
+    for axis, column in zip(axes[0, :-1], columns, strict=False):
+        axis.set_title(column)
     return figure
+
+
+def draw_photo(axis, reading: dict) -> None:
+    """The photo with a box around the digit."""
+    rows, columns = reading["box"]
+    left_and_right = [columns.start, columns.stop]
+    top_and_bottom = [rows.start, rows.stop]
+    axis.imshow(reading["photo"], cmap="gray", vmin=0, vmax=255)
+    axis.vlines(left_and_right, *top_and_bottom, color=RED)
+    axis.hlines(top_and_bottom, *left_and_right, color=RED)
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_lengths(axis, reading: dict) -> None:
+    """The lengths of the ten capsules; above them the answer and the first doubt."""
+    lengths = reading["lengths"]
+    answer = lengths.argmax()
+    colours = ["grey"] * 10
+    colours[answer] = RED
+    axis.bar(range(10), lengths, color=colours)
+    axis.set(xticks=range(10), ylim=(0, 1), ylabel="length")
+    title = f"{reading['file'].name!a}: {answer}"  # in ASCII
+    if reading["doubts"]:
+        title += f"\nunsure: {reading['doubts'][0]}"
+    axis.set_title(title, parse_math=False)  # $ is $
 
 
 # -- 5. Main -----------------------------------------------------------------------

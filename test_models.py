@@ -1892,15 +1892,27 @@ def test_rounded_weights_are_used_only_without_best(with_decoder, tmp_path):
 
 def test_an_archive_reads_own_digits_elsewhere(with_decoder, tmp_path, monkeypatch):
     """In results/ nothing changes. Without weights there is a line that says so."""
-    archive, _ = archived_with_weights(with_decoder, tmp_path / "results" / "name")
+    archive, network = archived_with_weights(with_decoder, tmp_path / "results" / "name")
     before = contents(archive)
     pixels = np.full((60, 60), 255, dtype=np.uint8)
     pixels[10:50, 25:35] = 0  # a 1
     Image.fromarray(pixels).save(tmp_path / "one.png")
     monkeypatch.chdir(tmp_path)
+    drawn = []
+
+    def draw_readings(readings):
+        drawn.extend(readings)
+        return really_draw(readings)
+
+    really_draw = evaluate.draw_readings
+    monkeypatch.setattr(evaluate, "draw_readings", draw_readings)
     code, printed, error = evaluated(archive, "--image", "one.png")
     assert code == 0, error
     assert "one.png: " in printed
+    (reading,) = drawn
+    digit = torch.from_numpy(reading["digit"])[None]
+    expected = evaluate.redraw(network, digit)[0].numpy()
+    assert np.abs(reading["redrawn"] - expected).max() < 0.01  # float16
     assert contents(archive) == before
     assert [p.name for p in (tmp_path / "runs").glob("*/*")] == ["own-digits.png"]
     assert (tmp_path / "runs" / "name-evaluated" / "own-digits.png").exists()

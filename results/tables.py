@@ -11,6 +11,7 @@ other settings than the CPU's. What is written:
     README.md, results/README.md   tables, from <!-- results: NAME --> to <!-- end -->
     comparison.md, .csv, .png      the report's four setups, on the CPU
     NAME/*.png                     pictures of each run that has its lengths.npy here
+    DECODER/weights.pt             the only weights that are kept, half as large: float16
 
 How the report is judged is in claims.py. Read that first. Then downwards:
     1. how a figure is written
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import evaluate
@@ -53,6 +55,7 @@ REPORT = {
     "rescaps-single": (98.70, 20),
     "rescaps-ddp": (97.86, 10),
 }
+DECODER = "alexcaps-ddp-reconstruction"  # the run whose weights are kept
 # The accuracies that the ablation's tables show, with the images that each one counts
 ACCURACIES = {
     "val_accuracy": VALIDATION_IMAGES,
@@ -252,13 +255,22 @@ def difference_table(kept: dict[str, dict]) -> str:
     return table(rows)
 
 
-def plain_tables(kept: dict[str, dict]) -> str:
-    """Each plain network's accuracies minus those of the network with capsules."""
+def full_length_tables(kept: dict[str, dict]) -> str:
+    """For each setup of the report: its variants' accuracies minus its own.
+
+    The variants of alexcaps-ddp are plain-alexcaps-ddp, alexcaps-ddp-shift, ...
+    """
     tables = []
-    for name, row in kept.items():
-        plain_row = kept.get(f"plain-{name}")
-        if plain_row:
-            tables.append(difference_table({"baseline": row, "plain": plain_row}))
+    for setup in REPORT:
+        if setup not in kept:
+            continue
+        rows = {"baseline": kept[setup]}
+        for name, row in kept.items():
+            is_variant = name.startswith(f"{setup}-") and "-cuda" not in name
+            if is_variant or name == f"plain-{setup}":
+                rows[name] = row
+        if len(rows) > 1:
+            tables.append(difference_table(rows))
     return "\n".join(tables)
 
 
@@ -333,7 +345,7 @@ def pages(kept: dict[str, dict]) -> dict[Path, str]:
         "claims": claim_table(claims),
         "ablation": ablation_table(ablation),
         "differences": difference_table(ablation),
-        "plain": plain_tables(kept),
+        "full-length": full_length_tables(kept),
         "speed": "".join(speed_text(speed) for speed in speeds),
         "sooner": sooner_table(report_code, kept),
         "report-code": table(report_code["rows"], *report_code["columns"]),
@@ -380,6 +392,9 @@ def kept_rows(folder: Path) -> dict[str, dict]:
 def place(run: dict, overwrite: bool) -> Path:
     """The folder in which a run will be kept. UserError if it may not be kept."""
     folder = run["folder"].absolute()
+    if not re.fullmatch(r"\w[\w.-]*", folder.name) or folder.name == "ablation":
+        hint = "give its folder a name of letters, digits, points and hyphens"
+        raise UserError(f"{str(folder)!r} cannot be kept under its name: {hint}")
     config = run["config"]
     finished = len(run["history"]) == config["epochs"]
     if config["dataset"] != "mnist" or not finished or not run["report"]:
@@ -410,8 +425,17 @@ def target_folder(folder: Path, device: str) -> Path:
 
 
 def keep(run: dict, target: Path) -> None:
-    """Copy what stays of a run, without the path of its data."""
+    """Copy what stays of a run, without the path of its data.
+
+    UserError, before anything is written, if it is DECODER and has no weights.
+    """
+    weights = None
+    if target == HERE / DECODER:
+        model = evaluate.load_network(run, torch.device("cpu"))
+        weights = evaluate.half_weights(model)
     target.mkdir(exist_ok=True, parents=True)
+    if weights is not None:
+        write_file(target / "weights.pt", weights)
     config = run["config"] | {"data_dir": "data"}
     text = json.dumps(config, indent=2) + "\n"
     write_file(target / "config.json", text.encode())
@@ -437,7 +461,11 @@ def draw(kept: dict[str, dict], images: Tensor, labels: Tensor) -> None:
         if f"plain-{name}" in kept:
             plain_run = kept[f"plain-{name}"]["runs"][0]
             angles = evaluate.at_angles(plain_run["report"])
-        evaluate.draw_all(run, np.load(file), images, labels, run["folder"], angles)
+        lengths = np.load(file)
+        evaluate.draw_all(run, lengths, images, labels, run["folder"], angles)
+        if evaluate.weights_file(run):
+            model = evaluate.load_network(run, torch.device("cpu"))
+            evaluate.draw_redrawn(run, model, lengths, images, labels, run["folder"])
 
 
 def main() -> None:

@@ -373,6 +373,31 @@ def test_only_finished_runs_of_mnist_are_kept(change, empty_results, tmp_path):
     assert not empty_results.exists()
 
 
+@pytest.mark.parametrize("name", ["x|y", "x\ny", "ablation", "a b", "..", "."])
+def test_names_that_would_break_a_table_are_refused(name, empty_results, tmp_path):
+    run = run_to_keep(tmp_path / "run")
+    run["folder"] = tmp_path / "run" / ".." / name
+    with pytest.raises(data.UserError, match="cannot be kept under its name"):
+        keep(run)
+    assert not empty_results.exists()
+
+
+def test_one_run_is_kept_with_its_weights(empty_results, tmp_path, monkeypatch):
+    run = run_to_keep(tmp_path / "alexcaps-single")
+    monkeypatch.setattr(tables, "DECODER", "alexcaps-single")
+    with pytest.raises(data.UserError, match="no weights"):
+        keep(run)
+    assert not empty_results.exists()
+    network = AlexCapsNet()
+    monkeypatch.setattr(evaluate, "load_network", lambda *_: network)
+    keep(run)
+    keep(run_to_keep(tmp_path / "alexcaps-single-seed1", seed=1))
+    (file,) = empty_results.rglob("*.pt")
+    assert file == empty_results / "alexcaps-single" / "weights.pt"
+    for name, tensor in evaluate.read_half_weights(file).items():
+        assert torch.equal(tensor, network.state_dict()[name].half())
+
+
 def test_runs_of_a_gpu_have_a_row_of_their_own(empty_results, tmp_path):
     keep(run_to_keep(tmp_path / "alexcaps-single"))
     for device in ("cpu", "cuda"):
