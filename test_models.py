@@ -721,6 +721,7 @@ def test_a_moved_run_goes_on(copy, finished, monkeypatch):
     compiler that traces all but generates no code, which would take half a minute."""
     traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    monkeypatch.setenv("CXX", sys.executable)  # there is a compiler, or so it seems
     for name in ("metrics.csv", "config.json", "best.pt"):
         (copy / name).unlink()
     assert single("--resume", copy)[0] == 0  # a finished run: its files are written again
@@ -732,6 +733,18 @@ def test_a_moved_run_goes_on(copy, finished, monkeypatch):
     config, rows = (copy / "config.json").read_text(), (copy / "metrics.csv").read_text()
     assert {"epochs": 3, "data_dir": "elsewhere", "lr": 1e-3}.items() <= json.loads(config).items()
     assert [line.split(",")[5] for line in rows.splitlines()] == ["lr", "0.001", "0.001", "0.0007"]
+
+
+def test_compiling_without_a_compiler_is_one_line(copy, monkeypatch):
+    """The run stays, and can go on uncompiled."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    before = contents(copy)
+    result = single("--resume", copy, "--epochs", 3, "--compile")
+    assert_one_line(result, "needs a C++ compiler, no-such-compiler", "--no-compile")
+    assert contents(copy) == before
+    change_settings(copy, compile=True)
+    assert_one_line(single("--resume", copy), "needs a C++ compiler")
+    assert single("--resume", copy, "--no-compile")[0] == 0
 
 
 def change_settings(run, **settings):

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -172,6 +173,7 @@ class Run:
         model = make_network(config)
         self.model = model.to(device, memory_format=torch.channels_last)
         if config["compile"]:
+            check_compiler(device)
             # dynamic=False: compile separately for each batch size (32, the short last
             # batch, validation). One version for all sizes would be slower.
             self.model.compile(dynamic=False)
@@ -611,6 +613,14 @@ def find_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason} (try --device cpu)") from None
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError if torch.compile cannot work: on the CPU it generates C++."""
+    compiler = os.environ.get("CXX", "g++")  # as in torch._inductor.config
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        hint = "install one, or do not compile (--no-compile with --resume)"
+        raise UserError(f"torch.compile needs a C++ compiler, {compiler}: {hint}")
 
 
 def number_between(kind: type, low: float, high: float):

@@ -388,6 +388,8 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
+        if not flags.quick:
+            train_single.check_compiler(device)
     except UserError as error:
         parser.error(str(error))
     folder = flags.out or Path(__file__).parent
