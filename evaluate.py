@@ -1308,6 +1308,8 @@ def parse_report(content: bytes, network) -> dict:
             "coupling_histograms": np.ones((2, len(EDGES) - 1)),
         }
         check_like(report, routing)
+        if np.sum(report["coupling_histograms"], axis=1).min() == 0:
+            raise ValueError("a histogram of couplings is empty")
     return report
 
 

@@ -1776,6 +1776,7 @@ SPOILT = [
     ("report.json", change(coupling_to_true=0.1), "damaged"),
     ("report.json", change(coupling_histograms="x"), "coupling_histograms is 'x'"),
     ("report.json", leave_out("coupling_histograms"), "'coupling_histograms' is missing"),
+    ("report.json", change(coupling_histograms=[[0.0] * 200] * 2), "of couplings is empty"),
     ("lengths.npy", None, "can be compared"),
     ("lengths.npy", lambda content: b"", "ten lengths"),
     ("lengths.npy", lambda content: content[:5], "ten lengths"),

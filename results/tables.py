@@ -34,7 +34,7 @@ from torch import Tensor
 
 import evaluate
 from data import UserError, load
-from results import plain
+from results import plain, pose
 from results.claims import (
     TEST_IMAGES,
     VALIDATION_IMAGES,
@@ -339,13 +339,19 @@ def pages(kept: dict[str, dict]) -> dict[Path, str]:
         if "scaling" in speed:
             scaling += speed["scaling"]["rows"]
     claims = report_claims(kept, scaling)
-    short = {"headline": headline(kept), "claims": short_claim_table(claims)}
+    probed = json.loads((HERE / "pose.json").read_text())
+    short = {
+        "headline": headline(kept),
+        "claims": short_claim_table(claims),
+        "pose": pose.short_table(probed),
+    }
     full = {
         "runs": run_table(kept),
         "claims": claim_table(claims),
         "ablation": ablation_table(ablation),
         "differences": difference_table(ablation),
         "full-length": full_length_tables(kept),
+        "pose": f"{pose.pose_table(probed)}\n{pose.difference_table(probed)}",
         "speed": "".join(speed_text(speed) for speed in speeds),
         "sooner": sooner_table(report_code, kept),
         "report-code": table(report_code["rows"], *report_code["columns"]),
