@@ -27,7 +27,6 @@ import json
 import math
 import os
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 # The pictures do not depend on the user's settings of matplotlib. MPLBACKEND must go
@@ -60,7 +59,7 @@ EDGES = np.linspace(0, 1, 201)  # of the 200 bins in a histogram of couplings
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
-    """95 % interval of an accuracy, in percent, if `correct` of n images are.
+    """The 95 % interval, in percent, of an accuracy of `correct` in n images.
 
     The usual p ± z sqrt(p (1 - p) / n) fails near 100 %: at p = 1 it has no width.
     """
@@ -86,8 +85,8 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     count = min(count, rarest)
     chosen = []
     for digit in range(10):
-        places = (labels == digit).nonzero().squeeze(1)  # [n] -> [images of this digit]
-        chosen.append(places[:count])
+        indices = (labels == digit).nonzero().squeeze(1)  # [n] -> [images of this digit]
+        chosen.append(indices[:count])
     return torch.cat(chosen)
 
 
@@ -96,12 +95,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.inference_mode()
-def predict(model, images: Tensor, batch_size: int = BATCH, angle: float = 0) -> Tensor:
-    """uint8 [n, 28, 28], turned by `angle` degrees -> the class scores [n, 10]."""
+def predict(model, images: Tensor, angle: float = 0, title: str = "test digits") -> Tensor:
+    """uint8 [n, 28, 28], turned by `angle` degrees -> the class scores [n, 10].
+
+    The scores of a capsule network are the lengths of its digit capsules.
+    """
     device = device_of(model)
-    batches = images.to(device).split(batch_size)
+    batches = images.to(device).split(BATCH)
     scores = []
-    for batch in progress(batches, f"test digits at {angle} degrees"):
+    for batch in progress(batches, title):
         degrees = None  # upright
         if angle != 0:
             degrees = torch.full([len(batch)], float(angle), device=device)
@@ -118,7 +120,7 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
     n = len(labels)
     predicted = scores.argmax(axis=1)
     errors = int((predicted != labels).sum())
-    # AUC depends only on the ORDER of the images by their score. Lengths need no softmax.
+    # AUC depends only on the order of the scores: they need not be probabilities.
     is_digit = labels[:, None] == np.arange(10)  # [n, 10]
     auc = metrics.roc_auc_score(is_digit, scores, average=None)  # [10]
     low, high = wilson(n - errors, n)
@@ -142,7 +144,8 @@ def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
     chosen = first_of_each_class(labels, ROTATED)
     accuracy = {}
     for angle in ANGLES:
-        predicted = predict(model, images[chosen], angle=angle).argmax(dim=1)
+        title = f"turned by {angle} degrees"
+        predicted = predict(model, images[chosen], angle, title).argmax(dim=1)
         hits = predicted == labels[chosen]
         accuracy[str(angle)] = round(100 * hits.float().mean().item(), 3)
     return {"images": len(chosen), "accuracy": accuracy}
@@ -239,14 +242,16 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 
 # -- 2. Several runs ---------------------------------------------------------------
 
-# Settings that are in the description of every run, if in other words
-NAMED = ("model", "dataset", "script", "precision", "world_size", "epochs")
-# Settings that do not change the experiment (of the device, GPU or CPU is named)
-UNNAMED = ("data_dir", "train_size", "seed", "device", "dry_run")
-# All others are in a description only if they are not as usual.
+# settings_in_words has words of its own for these settings.
+IN_WORDS = ("model", "dataset", "script", "precision", "world_size", "epochs", "device")
+# These do not change the experiment, or show in the number of training images.
+LEFT_OUT = ("data_dir", "train_size", "seed", "dry_run")
+# Every other setting is described only if it differs from its default.
 USUAL = train_single.DEFAULTS.copy()
-for setting in (*NAMED, *UNNAMED):
+for setting in (*IN_WORDS, *LEFT_OUT):
     USUAL.pop(setting, None)
+# The settings in a comparison's table; those in USUAL follow.
+COLUMNS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
 ALL_OF_MNIST = 60_000 - VALIDATION_SIZE["mnist"]  # training images
 
 
@@ -323,7 +328,7 @@ def make_row(name: str, group: list[dict]) -> dict:
         folder = group[-1]["folder"]
         raise UserError(f"{folder} has settings and seed of another run: leave one out")
     row = {"name": name, "n": len(group), "runs": group}
-    for setting in (*NAMED, "train_images", *USUAL):
+    for setting in (*COLUMNS, *USUAL):
         row[setting] = group[0]["config"][setting]
     for figure in ("test_images", "parameters", "flops_per_image"):
         row[figure] = group[0]["report"][figure]
@@ -427,7 +432,7 @@ plt.rcParams["figure.constrained_layout.use"] = True
 
 
 def save(figure, text: str, file: Path) -> None:
-    """Give the figure its title and write it, as all files are, in one piece."""
+    """Give the figure its title and write it: a whole picture, or none."""
     figure.suptitle(text)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)  # pixels an inch
@@ -435,14 +440,13 @@ def save(figure, text: str, file: Path) -> None:
     write_file(file, picture.getvalue())
 
 
-def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None):
+def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None):
     """All pictures of a run that need its report and its lengths, but no weights.
 
     Lengths are an array [n, 10], images uint8 [n, 28, 28], labels [n]. `plain`: see
     draw_rotation.
     """
     report = run["report"]
-    lengths = lengths.astype(np.float32)  # older runs kept them in float16
     digits = labels.numpy()
     pictures = {
         "confusion_matrix": draw_confusion(report),
@@ -452,16 +456,17 @@ def draw_all(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plai
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
     }
     network = MODELS[run["config"]["model"]]
-    if "coupling_maps" in report and network.place_width is None:
-        pictures["routing"] = draw_coupling_histograms(report)
-    elif "coupling_maps" in report:
-        routed = images[first_of_each_class(labels, ROUTED)]
-        pictures["routing"] = draw_coupling_maps(report, network, routed.numpy())
+    if "coupling_maps" in report:  # not of a plain network
+        if network.place_width is None:  # its capsules see nearly the whole image
+            pictures["routing"] = draw_coupling_histograms(report)
+        else:
+            routed = images[first_of_each_class(labels, ROUTED)].numpy()
+            pictures["routing"] = draw_coupling_maps(report, network, routed)
     save_all(run, pictures, out)
 
 
-def draw_redrawn(run: dict, model, lengths, images: Tensor, labels: Tensor, out: Path):
-    """The pictures that show what a capsule knows: the model must have a decoder."""
+def save_decoder_pictures(run: dict, model, lengths, images: Tensor, labels: Tensor, out: Path):
+    """The pictures that the model's decoder draws."""
     pictures = {
         "reconstructions": draw_reconstructions(model, lengths, images, labels),
         "perturbations": draw_perturbations(model, images, labels),
@@ -520,10 +525,10 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
         curves.append(curve)
     mean = np.mean(curves, axis=0)
     axis.plot(100 * rates, mean, "k--", label=f"mean: AUC {auc.mean():.5f}")
-    # Near-perfect curves lie in the upper corner. Only that is shown, down to where the
-    # worst curve begins.
-    starts = [curve[rates < 0.002].max() for curve in curves]
-    bottom = max(0, 2 * min(starts) - 100.5)
+    # Near-perfect curves lie at the top, and only that part is shown. At a false positive
+    # rate of 0.2 %, the worst curve is at half the height of the axis.
+    worst = min(curve[rates < 0.002].max() for curve in curves)
+    bottom = max(0, 2 * worst - 100.5)
     axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(bottom, 100.1))
     axis.set_xlabel("false positive rate (other digits mistaken for this one), in %")
     axis.set_ylabel("true positive rate (found), in %")
@@ -558,17 +563,17 @@ def draw_curves(run: dict) -> tuple:
         axis.locator_params(axis="x", integer=True)
         axis.set_xlabel("epoch")
     left.legend()
-    accuracy = f"{best['val_accuracy']:.2f} %"
-    return figure, f"validation accuracy {accuracy} in epoch {best['epoch']}"
+    title = f"validation accuracy {best['val_accuracy']:.2f} % in epoch {best['epoch']}"
+    return figure, title
 
 
-def draw_accuracy(axis, x, runs: list[list[float]], **style) -> None:
-    """Accuracies in percent over x, a list for each run: their mean, and all as a band.
+def draw_accuracy(axis, x, curves: list[list[float]], **style) -> None:
+    """The mean of accuracy curves in percent, and a band from the lowest to the highest.
 
     The logit scale, log(p / (1 - p)), spaces 90, 99 and 99.9 % evenly.
     """
     # On this scale 0 and 1 lie at infinity.
-    p = np.clip(runs, TICKS[0], TICKS[-1]) / 100
+    p = np.clip(curves, TICKS[0], TICKS[-1]) / 100
     axis.set_yscale("logit")
     axis.plot(x, p.mean(axis=0), **style)
     low = p.min(axis=0)
@@ -583,7 +588,10 @@ def draw_accuracy(axis, x, runs: list[list[float]], **style) -> None:
 
 
 def worst_mistakes(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Indices of all mistakes; first those whose longest capsule is longer by most."""
+    """Indices of all mistakes, the worst first.
+
+    There the longest capsule exceeds the true digit's by most.
+    """
     wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
     true = lengths[wrong, labels[wrong]]  # the length of the true digit's capsule
     excess = lengths[wrong].max(axis=1) - true
@@ -645,22 +653,24 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     Its outline is that of the mean image. The images come class by class.
     """
     maps = np.array(report["coupling_maps"])  # [10, places]
-    side = network.map_side
-    maps = maps.reshape(10, side, side)
+    rows = network.map_side
+    maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
-    # Where a place begins and ends, in pixels of the 28x28 image
-    edges = 28 / network.side * network.place_width * np.arange(side + 1)
+    # Where a place begins and ends, in pixels of the 28x28 image. The kernel is a pixel
+    # wider than the stride: its centre lies half a pixel further.
+    edges = network.place_width * np.arange(rows + 1) + 0.5
+    edges = edges * 28 / network.side - 0.5  # a pixel has its centre at a whole number
     # Colours say how far a coupling is from an equal share, which is white.
     most = np.abs(maps - 0.1).max() + 1e-5
     figure, axes = plt.subplots(2, 5, figsize=(13, 6))
     for digit, axis in enumerate(axes.flat):
-        shown = axis.pcolormesh(
+        mesh = axis.pcolormesh(
             edges, edges, maps[digit], cmap="RdBu_r", vmin=0.1 - most, vmax=0.1 + most
         )
         axis.contour(means[digit], [80], colors="black")
         axis.set(title=digit, xticks=[], yticks=[])
-        axis.set(xlim=(0, 27), ylim=(27, 0))  # row 0 is at the top
-    figure.colorbar(shown, ax=axes, label="coupling to the true digit")
+        axis.set(xlim=(-0.5, 27.5), ylim=(27.5, -0.5))  # row 0 is at the top
+    figure.colorbar(mesh, ax=axes, label="coupling to the true digit")
     return figure, routing_title(report)
 
 
@@ -695,7 +705,7 @@ def digit_capsules(model, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def redraw(model, images: Tensor) -> Tensor:
+def decode_longest(model, images: Tensor) -> Tensor:
     """What the decoder draws from the longest capsule, which is the network's answer.
 
     uint8 [n, 28, 28] -> [n, 28, 28] in 0..1 (0 is black), on the CPU.
@@ -792,10 +802,10 @@ def draw_grid(drawings: Tensor, rows: list[str], columns: list[str], figsize: tu
     return figure
 
 
-def draw_comparison(rows: list[dict], file: Path) -> None:
+def save_comparison(rows: list[dict], file: Path) -> None:
     """Validation accuracy over epochs and over time; a band holds a row's seeds.
 
-    Fewer epochs are not always less time. Only finished runs are drawn.
+    Only finished runs are drawn.
     """
     rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]
     if not rows:
@@ -826,9 +836,9 @@ def draw_comparison(rows: list[dict], file: Path) -> None:
 # A photo becomes a picture like those of MNIST in five steps, and each step is a function:
 # brightness -> ink -> ink without the lines of the paper -> the digit alone -> 28x28.
 
-SIDE = 480  # pixels: the longer side of every photo; all lengths below go with it
-CLEAR = 0.5  # the longest capsule leads by less in 1 % of MNIST's test digits
-PAGE = 6  # digits on one page of own-digits.png
+SIDE = 480  # pixels: the longer side of every photo. All sizes below are made for it.
+MIN_LEAD = 0.5  # of the longest capsule; 1 % of MNIST's test digits have less
+DIGITS_PER_PAGE = 6  # of own-digits.png
 
 
 def read_brightness(file: Path) -> np.ndarray:
@@ -859,7 +869,7 @@ def read_brightness(file: Path) -> np.ndarray:
     return brightness / max(1, brightness.max())
 
 
-def lean_to_light(brightness: np.ndarray) -> float:
+def paper_lightness(brightness: np.ndarray) -> float:
     """Above 0 if the paper is light, below 0 if it is dark.
 
     Around ink, most pixels are paper.
@@ -886,7 +896,8 @@ def find_ink(brightness: np.ndarray) -> np.ndarray:
     """Brightness [h, w] -> ink: how much darker than the paper around it, from 0 to 1."""
     # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    # Its square does not fit into the round edge of a shadow: grow back by 24 pixels.
+    # Its window is a square, and fills rounded corners of shadows with light. Let the
+    # shadow grow back into them, by 2 pixels in each step.
     for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
     # At least 0.4, so that the grain of a black desk is not ink.
@@ -897,16 +908,19 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
     """Ink [h, w] -> the ink of thin straight lines from the left edge to the right."""
     height, width = ink.shape
     columns = np.arange(0, width, 4)  # a quarter of them is enough
+    n = len(columns)
     lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
     thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))
     rules = np.zeros_like(lines)
     for slope in np.linspace(-0.1, 0.1, 21):
         rise = np.round(slope * columns).astype(int)
-        rows = (np.arange(height)[:, None] + rise) % height  # each row follows one line
+        # Each row follows one line. What leaves at the bottom goes on at the top.
+        rows = (np.arange(height)[:, None] + rise) % height
         along = np.sort(np.take_along_axis(lines, rows, axis=0))
         thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
-        # 80 % of a rule is dark, and a third of it is thin: ink may cover the rest.
-        rule = np.minimum(along[:, width // 20], thin_along[:, width // 6])
+        # Values are sorted: 80 % of a line are at least as dark as entry n / 5, and a
+        # third of it is thin and at least as dark as entry 2 n / 3.
+        rule = np.minimum(along[:, n // 5], thin_along[:, 2 * n // 3])
         known = np.take_along_axis(rules, rows, axis=0)
         np.put_along_axis(rules, rows, np.maximum(known, rule[:, None]), axis=0)
     return rules.repeat(4, axis=1)[:, :width]
@@ -916,7 +930,9 @@ def without_rules(ink: np.ndarray) -> np.ndarray:
     """Ink without the lines of lined and squared paper, margins and frames."""
     rules = np.maximum(find_rules(ink), find_rules(ink.T).T)
     left = np.where(ink > 1.5 * rules, ink, 0)  # a stroke that crosses a rule is darker
-    return left if left.max() > 0.3 * ink.max() else ink  # or the line was a digit 1
+    if left.max() < 0.3 * ink.max():  # hardly any ink is left: the line was a digit 1
+        return ink
+    return left
 
 
 def without_boxes(parts: np.ndarray) -> np.ndarray:
@@ -932,13 +948,13 @@ def without_boxes(parts: np.ndarray) -> np.ndarray:
 
 
 def with_near_parts(whole: np.ndarray, main: np.ndarray) -> np.ndarray:
-    """The main part of a digit -> with the parts less than a tenth of its height apart.
+    """The main part of a digit, and all parts within a tenth of its height: bool [h, w].
 
-    Broken strokes and the roof of a 5 belong to the digit; all are bool [h, w].
+    Broken strokes belong to a digit, and so does the roof of a 5.
     """
     height = np.ptp(main.nonzero()[0]) + 1
     near = ndimage.distance_transform_edt(~whole) < 0.05 * height
-    groups, _ = ndimage.label(near)
+    groups, _ = ndimage.label(near, np.ones((3, 3)))  # diagonal neighbours, too
     return whole & (groups == groups[main].max())
 
 
@@ -995,41 +1011,46 @@ def read_digit(file: Path) -> dict:
     uint8 [28, 28], as MNIST has it; doubts, a list of reasons why it may be wrong.
     """
     photo = read_brightness(file)
-    lean = lean_to_light(photo)
-    if abs(lean) < 0.03:  # a thick digit that fills the picture has hardly any paper
+    light = paper_lightness(photo)
+    if abs(light) < 0.03:  # a thick digit that fills the picture has hardly any paper
         photo = with_margin(photo)
-        lean = lean_to_light(photo)
-    ink = without_rules(find_ink(photo if lean > 0 else 1 - photo))
-    if not ink[1:-1, 1:-1].max(initial=0) >= 0.1:  # NaN is not, either
+        light = paper_lightness(photo)
+    ink = without_rules(find_ink(photo if light > 0 else 1 - photo))
+    darkest = ink[1:-1, 1:-1].max(initial=0)
+    if np.isnan(darkest) or darkest < 0.1:
         raise UserError(f"{file}: no digit can be seen: use a darker pen or more light")
     place, doubts = find_digit(ink)
-    if abs(lean) < 0.02:
+    if abs(light) < 0.02:
         doubts.append("as much ink as paper")
-    reading = {"file": file, "doubts": doubts, "digit": as_mnist(ink * place)}
-    reading["photo"] = (255 * photo).astype(np.uint8)
-    reading["box"] = ndimage.find_objects(place.astype(int))[0]
-    return reading
+    return {
+        "file": file,
+        "photo": (255 * photo).astype(np.uint8),
+        "box": ndimage.find_objects(place.astype(int))[0],
+        "digit": as_mnist(ink * place),
+        "doubts": doubts,
+    }
 
 
 def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
     """What the network says of the user's images: printed, and drawn on pages."""
-    # A bad file ends this before any answer.
+    # All files are read first: if one is bad, nothing is printed.
     readings = [read_digit(file) for file in progress(args.image, "images")]
     digits = torch.from_numpy(np.stack([reading["digit"] for reading in readings]))
     model = load_network(run, args.device)
-    all_lengths = predict(model, digits).numpy()
+    all_lengths = predict(model, digits, title="your digits").numpy()
     for reading, lengths in zip(readings, all_lengths, strict=True):
         reading["lengths"] = lengths
-        second, first = np.sort(lengths)[-2:]
-        if first - second < CLEAR:
+        second, longest = np.sort(lengths)[-2:]
+        if longest - second < MIN_LEAD:
             reading["doubts"].append("no clear winner")
         print(describe_reading(reading))
     if model.decoder is not None:
-        for reading, drawing in zip(readings, redraw(model, digits), strict=True):
+        for reading, drawing in zip(readings, decode_longest(model, digits), strict=True):
             reading["redrawn"] = drawing.numpy()
-    pages = math.ceil(len(readings) / PAGE)
+    pages = math.ceil(len(readings) / DIGITS_PER_PAGE)
     for page in progress(range(pages), "pages"):
-        figure = draw_readings(readings[page * PAGE : (page + 1) * PAGE])
+        first = page * DIGITS_PER_PAGE
+        figure = draw_readings(readings[first : first + DIGITS_PER_PAGE])
         number = f"-{page + 1}" if page > 0 else ""
         title = f"{describe(run)}\npage {page + 1} of {pages}"
         save(figure, title, out / f"own-digits{number}.png")
@@ -1047,20 +1068,18 @@ def describe_reading(reading: dict) -> str:
 
 def draw_readings(readings: list[dict]):
     """A row for each image: the photo, the digit, perhaps redrawn, and the lengths."""
-    columns = ["photo", "digit", "redrawn", "lengths"]
-    widths = [4, 3, 3, 6]
+    widths = {"photo": 4, "digit": 3, "redrawn": 3, "lengths": 6}
     if "redrawn" not in readings[0]:  # without a decoder
-        columns.remove("redrawn")
-        widths.remove(3)
+        del widths["redrawn"]
     figure, axes = plt.subplots(
         len(readings),
-        len(columns),
+        len(widths),
         figsize=(13, 1.4 + 2.6 * len(readings)),  # inches
-        width_ratios=widths,
+        width_ratios=list(widths.values()),
         squeeze=False,
     )
     for row, reading in zip(axes, readings, strict=True):
-        for axis, column in zip(row, columns, strict=True):
+        for axis, column in zip(row, widths, strict=True):
             if column == "photo":
                 draw_photo(axis, reading)
             elif column == "lengths":
@@ -1068,8 +1087,9 @@ def draw_readings(readings: list[dict]):
             else:
                 axis.imshow(reading[column], cmap="gray_r")  # as ink on paper
                 axis.set(xticks=[], yticks=[])
-    for axis, column in zip(axes[0, :-1], columns, strict=False):
-        axis.set_title(column)
+    for axis, column in zip(axes[0], widths, strict=True):
+        if column != "lengths":  # they have titles of their own
+            axis.set_title(column)
     return figure
 
 
@@ -1092,10 +1112,11 @@ def draw_lengths(axis, reading: dict) -> None:
     colours[answer] = RED
     axis.bar(range(10), lengths, color=colours)
     axis.set(xticks=range(10), ylim=(0, 1), ylabel="length")
-    title = f"{reading['file'].name!a}: {answer}"  # in ASCII
+    name = ascii(reading["file"].name)[1:-1]  # the font lacks many characters
+    title = f"{name}: {answer}"
     if reading["doubts"]:
         title += f"\nunsure: {reading['doubts'][0]}"
-    axis.set_title(title, parse_math=False)  # $ is $
+    axis.set_title(title, parse_math=False)  # a $ begins no formula
 
 
 # -- 5. Main -----------------------------------------------------------------------
@@ -1119,9 +1140,9 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
         write_json(out / "report.json", run["report"])
         write_lengths(out / "lengths.npy", lengths)
     print(report_text(run, labels.numpy(), lengths.argmax(axis=1)))
-    draw_all(run, lengths, images, labels, out)
+    save_pictures(run, lengths, images, labels, out)
     if model is not None and model.decoder is not None:
-        draw_redrawn(run, model, lengths, images, labels, out)
+        save_decoder_pictures(run, model, lengths, images, labels, out)
 
 
 def compare(runs: list[dict], out: Path) -> None:
@@ -1133,7 +1154,7 @@ def compare(runs: list[dict], out: Path) -> None:
             raise UserError(f"{folder} has no report of its best epoch: {hint}")
         if run["config"]["dataset"] != runs[0]["config"]["dataset"]:
             raise UserError("accuracies on mnist and on digits cannot be compared")
-    rows = make_rows(runs)  # several seeds: one row
+    rows = make_rows(runs)
     text = comparison_text(rows)
     print(text)
     write_file(out / "comparison.md", text.encode())
@@ -1143,7 +1164,7 @@ def compare(runs: list[dict], out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(out / "comparison.csv", table.getvalue().encode())
-    draw_comparison(rows, out / "comparison.png")
+    save_comparison(rows, out / "comparison.png")
 
 
 def read_arguments() -> argparse.Namespace:
@@ -1157,6 +1178,7 @@ def read_arguments() -> argparse.Namespace:
     flag("--data-dir", type=some_path, metavar="DIR", help=data_help)
     device_help = "cpu, cuda, cuda:1 ...; default: the GPU if there is one"
     flag("--device", help=device_help)
+    # Our Parser leaves out a flag that is not given.
     parser.set_defaults(image=None, out=None, data_dir=None, device=None)
     args = parser.parse_args()
     folders = {folder.resolve() for folder in args.runs}
@@ -1199,27 +1221,6 @@ def main() -> None:
 
 # -- 6. The files of a run, and how they are checked -------------------------------
 
-# Examples of what the files hold: see check_like. None stands for anything.
-SETTINGS = train_single.DEFAULTS | {  # config.json
-    "model": "alexcaps",
-    "device": "cpu",
-    "hardware": "2 CPU threads",
-    "train_images": 55_000,
-}
-EPOCH = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
-REPORT = {  # report.json
-    "kept_epoch": 20,
-    "kept_val_accuracy": 99.0,
-    "parameters": 2_677_696,
-    "flops_per_image": 261_220_352,
-    "test_images": 10_000,
-    "errors": 100,
-    "accuracy": 99.0,
-    "interval_95": [98.8, 99.2],
-    "auc": np.ones(10),
-    "confusion": np.ones((10, 10), dtype=int),
-}
-
 
 def check_like(values: dict, examples: dict) -> None:
     """ValueError unless each value has the type and the shape of its example.
@@ -1241,11 +1242,34 @@ def check_like(values: dict, examples: dict) -> None:
             raise ValueError(f"{name} is {values[name]!r:.60}")
 
 
+# For check_like: a value of the right type and shape for each name in a file. The value
+# itself does not matter. If it is None, the name is not checked.
+SETTINGS = train_single.DEFAULTS | {  # config.json
+    "model": "alexcaps",
+    "device": "cpu",
+    "hardware": "2 CPU threads",
+    "train_images": 55_000,
+}
+EPOCH = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+REPORT = {  # report.json
+    "kept_epoch": 20,
+    "kept_val_accuracy": 99.0,
+    "parameters": 2_677_696,
+    "flops_per_image": 261_220_352,
+    "test_images": 10_000,
+    "errors": 100,
+    "accuracy": 99.0,
+    "interval_95": [98.8, 99.2],
+    "auc": np.ones(10),
+    "confusion": np.ones((10, 10), dtype=int),
+}
+
+
 def read_run(folder: Path) -> dict:
     """A run's folder, config (settings), history (of epochs), best epoch and report.
 
-    The report is None if it is missing or of an earlier epoch, and best.pt is there to
-    make a new one. UserError if the folder holds no run, or a damaged one.
+    The report is None if it is missing or of an earlier epoch. Then best.pt must be
+    there to make a new one. UserError if the folder holds no run, or a damaged one.
     """
     config = read_checked(folder / "config.json", parse_config)
     if config["model"] not in MODELS:
@@ -1304,14 +1328,16 @@ def parse_history(content: bytes) -> list[dict]:
 
 
 def parse_report(content: bytes, network) -> dict:
-    """report.json -> the figures. A plain network's report has none of routing."""
+    """report.json -> the figures. A plain network's has none of routing."""
     report = json.loads(content)
     check_like(report, REPORT)
-    turned = {"rotation": at_angles(report), "images": report["rotation"]["images"]}
-    check_like(turned, {"rotation": [99.0] * len(ANGLES), "images": 1000})
-    if max(report["accuracy"], *turned["rotation"]) > 100:
+    accuracies = at_angles(report)
+    turned_images = report["rotation"]["images"]
+    found = {"rotation": accuracies, "images": turned_images}
+    check_like(found, {"rotation": [99.0] * len(ANGLES), "images": 1000})
+    if max(report["accuracy"], *accuracies) > 100:
         raise ValueError("an accuracy is above 100 %")
-    if min(report["test_images"], turned["images"]) < 1:
+    if min(report["test_images"], turned_images) < 1:
         raise ValueError("it is of no images")
     if "coupling_maps" in report:
         routing = {
@@ -1343,13 +1369,16 @@ def read_lengths(run: dict, labels: np.ndarray) -> np.ndarray:
 
 
 def parse_lengths(content: bytes) -> np.ndarray:
-    """lengths.npy -> [n, 10]. Older runs kept float16."""
-    with suppress(Exception):  # a damaged file makes NumPy fail in any way at all
+    """lengths.npy -> float32 [n, 10]. Older runs kept float16."""
+    try:
         lengths = np.load(io.BytesIO(content), allow_pickle=False)
-        all_floats = lengths.dtype in (np.float16, np.float32)
-        if all_floats and lengths.shape[1:] == (10,) and np.isfinite(lengths).all():
-            return lengths
-    raise ValueError("it does not hold ten lengths for each image")
+        fits = lengths.dtype in (np.float16, np.float32) and lengths.shape[1:] == (10,)
+        fits = fits and np.isfinite(lengths).all()
+    except Exception:  # noqa: BLE001 - a damaged file makes NumPy fail in many ways
+        fits = False
+    if not fits:
+        raise ValueError("it does not hold ten lengths for each image")
+    return lengths.astype(np.float32)
 
 
 def is_archived(run: dict) -> bool:
@@ -1369,7 +1398,8 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     """The network of a run with the weights of its best epoch, ready to evaluate.
 
     best.pt has them in float32. weights.pt has them rounded to float16: good enough to
-    draw and to read own digits, but no figure of a report comes from it.
+    draw and to read own digits, but no figure of a report comes from it. From here on,
+    this process computes without TF32.
     """
     # Training may use TF32 on a GPU. A report may not: it has 10 bits of mantissa
     # instead of 23.
@@ -1381,7 +1411,9 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
         raise UserError(f"{run['folder']} has figures, but no weights: {hint}")
     if file.name == "best.pt":
         checkpoint = train_single.load_checkpoint(file)
-        if checkpoint["history"][-1:] != [run["best"]]:  # stopped between two files
+        history = checkpoint["history"]
+        # Training writes best.pt before metrics.csv, and may be killed in between.
+        if not history or history[-1] != run["best"]:
             hint = "resume the run first"
             raise UserError(f"{file} is not of the best epoch in metrics.csv: {hint}")
         weights = checkpoint["model"]
@@ -1413,12 +1445,15 @@ def half_weights(model: nn.Module) -> bytes:
 def read_half_weights(file: Path) -> dict:
     """The weights in a weights.pt. UserError if it is damaged or something else."""
     content = io.BytesIO(file.read_bytes())
-    with suppress(Exception):  # a damaged file makes the reader fail in any way at all
-        damaged = zipfile.ZipFile(content).testzip()  # torch.load ignores checksums
+    try:
+        whole = zipfile.ZipFile(content).testzip() is None  # torch.load ignores checksums
         content.seek(0)
-        if damaged is None:
-            return torch.load(content, map_location="cpu", weights_only=True)
-    raise UserError(f"{file} is damaged, or holds no weights")
+        weights = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 - a damaged file makes the reader fail in many ways
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged, or holds no weights")
+    return weights
 
 
 def write_json(file: Path, values: dict) -> None:
@@ -1429,7 +1464,7 @@ def write_json(file: Path, values: dict) -> None:
 
 
 def write_lengths(file: Path, lengths: np.ndarray) -> None:
-    """Write an array, as all files are written, in one piece."""
+    """Write an array [n, 10] in NumPy's format."""
     buffer = io.BytesIO()
     np.save(buffer, lengths)
     write_file(file, buffer.getvalue())

@@ -1008,7 +1008,7 @@ def test_nothing_reads_the_device_but_the_looks(monkeypatch):
     assert len(looks) == 1  # after the last of 6 steps
     assert downloads == []
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
-    assert evaluate.predict(run.model, images, 16, angle=10).device == CPU
+    assert evaluate.predict(run.model, images, angle=10).device == CPU
     assert [x.shape for x in downloads] == [(16, 10), (16, 10)]
 
 
@@ -1411,7 +1411,7 @@ def test_places_of_the_map(network):
 def test_accuracy_at_each_angle(monkeypatch):
     """Ten digits, of which all are right at 30 degrees. At other angles all look like zeros."""
 
-    def predict(model, images, angle):
+    def predict(model, images, angle, title):
         return torch.eye(10) * (angle == 30)
 
     monkeypatch.setattr(evaluate, "predict", predict)
@@ -1539,7 +1539,7 @@ def test_a_report_says_what_the_network_does(reported):
     with torch.no_grad():
         lengths = model(data.images_to_input(images, model)).norm(dim=2)
         turned = model(data.images_to_input(images, model, angles)).norm(dim=2)
-    found = evaluate.predict(model, images, 100, angle=30)
+    found = evaluate.predict(model, images, angle=30)
     torch.testing.assert_close(found, turned)
     kept = np.load(run / "lengths.npy")
     assert kept.dtype == np.float32
@@ -1795,7 +1795,7 @@ SPOILT = [
 
 def test_a_damaged_archive_is_one_line(reported, tmp_path, monkeypatch):
     """Whatever file of it is damaged, and however: one line, which names what is wrong."""
-    monkeypatch.setattr(evaluate, "draw_all", mock.Mock())
+    monkeypatch.setattr(evaluate, "save_pictures", mock.Mock())
     archive = archived(reported[0], tmp_path / "archive")
     flags = ("--out", tmp_path / "out")
     code, _, error = evaluated(archive, *flags)
@@ -1809,7 +1809,7 @@ def test_a_damaged_archive_is_one_line(reported, tmp_path, monkeypatch):
         assert_one_line(evaluated(archive, *flags), words)
         assert contents(archive) == before
         (archive / name).write_bytes(content)
-    assert evaluate.draw_all.call_count == 1
+    assert evaluate.save_pictures.call_count == 1
 
 
 def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
@@ -1832,14 +1832,14 @@ def test_pictures_compare_whole_runs(monkeypatch):
     stopped = whole | {"epochs": 9}
     save = mock.Mock()
     monkeypatch.setattr(evaluate, "save", save)
-    evaluate.draw_comparison([whole, stopped], Path("x.png"))
+    evaluate.save_comparison([whole, stopped], Path("x.png"))
     left, right = save.call_args.args[0].axes
     evaluate.plt.close("all")
     assert len(left.lines) == 1
     assert left.get_yscale() == "logit"
     assert left.lines[0].get_ydata() == pytest.approx([0.92, 0.96])
     assert right.lines[0].get_xdata() == pytest.approx([0.5, 1.0])  # minutes
-    evaluate.draw_comparison([stopped], Path("x.png"))
+    evaluate.save_comparison([stopped], Path("x.png"))
     assert save.call_count == 1  # nothing is whole, so nothing is drawn
 
 
@@ -1897,7 +1897,7 @@ def names(ticks):
 
 
 def test_redraw_draws_the_networks_answer():
-    drawn = evaluate.redraw(Drawer(), image_of([3, 0, 9]))
+    drawn = evaluate.decode_longest(Drawer(), image_of([3, 0, 9]))
     assert drawn.shape == (3, 28, 28)
     assert drawn[:, 0, 0] == pytest.approx([0.3, 0.0, 0.9])
 
@@ -1934,7 +1934,7 @@ def test_perturbations_by_hand():
 
 
 def test_an_archive_with_weights_draws_what_its_capsules_know(with_decoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "draw_all", mock.Mock())  # the other pictures
+    monkeypatch.setattr(evaluate, "save_pictures", mock.Mock())  # the other pictures
     archive, network = archived_with_weights(with_decoder, tmp_path / "archive")
     assert len((archive / "weights.pt").read_bytes()) < 8.3e6  # 4.1 million weights
     before = contents(archive)
@@ -1982,7 +1982,7 @@ def test_an_archive_reads_own_digits_elsewhere(with_decoder, tmp_path, monkeypat
     (reading,) = drawn
     digit = torch.from_numpy(reading["digit"])[None]
     rounded = evaluate.load_network(evaluate.read_run(archive), CPU)  # to float16
-    expected = evaluate.redraw(rounded, digit)[0].numpy()
+    expected = evaluate.decode_longest(rounded, digit)[0].numpy()
     assert np.array_equal(reading["redrawn"], expected)
     assert contents(archive) == before
     assert [p.name for p in (tmp_path / "runs").glob("*/*")] == ["own-digits.png"]
@@ -2174,8 +2174,8 @@ def test_many_own_digits_are_pages(tmp_path, reported, monkeypatch):
     lengths = torch.full([3, 10], 0.1)
     lengths[:, 2] = 0.9
     lengths[2, 7] = 0.6
-    monkeypatch.setattr(evaluate, "predict", lambda model, digits: lengths)
-    monkeypatch.setattr(evaluate, "PAGE", 2)
+    monkeypatch.setattr(evaluate, "predict", lambda model, digits, title: lengths)
+    monkeypatch.setattr(evaluate, "DIGITS_PER_PAGE", 2)
     out = tmp_path / "out"
     code, printed, error = evaluated(reported[0], "--out", out, "--image", *images)
     assert code == 0, error

@@ -12,7 +12,8 @@ the true value. There are three kinds, since three things can be repeated:
                   enough. The interval says nothing about other seeds.
     over rounds   New rounds of benchmark.py on the same machine: for times and speeds.
 
-One interval in 20 misses the true value, and nothing marks it.
+One interval in 20 misses the true value, and nothing marks it. A claim with several
+intervals is more likely to meet such a miss.
 
 A claim also needs bounds. The report gives none, so they are ours: "about 2x slower"
 means 1.5 to 2.5 times the time. Then there are three verdicts:
@@ -38,13 +39,16 @@ from typing import NamedTuple
 from scipy import stats
 
 import evaluate
+from data import VALIDATION_SIZE
 
-VALIDATION_IMAGES = 5_000
+VALIDATION_IMAGES = VALIDATION_SIZE["mnist"]
 TEST_IMAGES = 10_000
 # A run's name is NETWORK-SCRIPT, and on a GPU NETWORK-SCRIPT-cuda
 NETWORKS = ("alexcaps", "rescaps")
 SCRIPTS = ("single", "ddp")  # train_single.py and train_ddp.py
 DEVICES = ("", "-cuda")
+# Networks are compared only if they agree in these settings.
+TRAINED_ALIKE = ("train_images", "world_size", "batch_size", "precision")
 
 # -- 1. A figure and its interval ----------------------------------------------------
 
@@ -89,12 +93,12 @@ def of_mean(values: list[float]) -> tuple[float, float, float]:
 def over_seeds(first: list[float], second: list[float]) -> tuple[float, float, float]:
     """mean(first) - mean(second), and its interval -> (difference, low, high).
 
-    Each list has a value per seed; together they need at least three. The interval says
-    how other seeds would move the difference (Student's t, with one variance for both
+    Each list has a value per seed. Both together need at least three values. The interval
+    says how other seeds would move the difference (Student's t, with one variance for both
     lists: three seeds are too few to estimate two variances).
     """
     difference = mean(first) - mean(second)
-    freedom = len(first) + len(second) - 2  # two means were estimated first
+    freedom = len(first) + len(second) - 2  # each mean uses up one
     deviations = [x - mean(first) for x in first]
     deviations += [x - mean(second) for x in second]
     variance = sum(x**2 for x in deviations) / freedom
@@ -143,15 +147,6 @@ def ratio(label: str, first: list[float], second: list[float]) -> Estimate:
     ratios = [x / y for x, y in zip(first, second, strict=True)]
     value, low, high = of_mean(ratios)
     return Estimate(label, value, low, high, n=f"{len(ratios)} rounds")
-
-
-def efficiency(row: dict, contestant: str) -> Estimate:
-    """Images/s of two processes over twice those of one; 1 is ideal.
-
-    `row` is one of benchmark.py's scaling, the contestant "apart" or "ddp".
-    """
-    twice = [2 * speed for speed in row["one"]]
-    return ratio(row["precision"], row[contestant], twice)
 
 
 # -- 2. A claim and its verdict ------------------------------------------------------
@@ -203,18 +198,18 @@ class Claim(NamedTuple):
 # -- 3. The nine claims --------------------------------------------------------------
 
 
-def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
+def report_claims(rows: dict[str, dict], scaling: list[dict]) -> list[Claim]:
     """The nine claims, in the report's order, with what we measured.
 
-    `kept` holds the runs in this folder as {name: row}. A row (evaluate.make_rows) has
-    the runs that differ only in their seed. `scaling` holds the rows of benchmark.py's
-    part "scaling": images/s, round by round.
+    `rows` are the runs in this folder, by name: "alexcaps-ddp-cuda" is one row for all
+    seeds of that setup (evaluate.make_rows). `scaling` is what benchmark.py measured in
+    its part "scaling": images/s, round by round.
     """
     return [
         Claim(
             "AlexCapsNet converges faster",
-            "validation after epoch 1, AlexCapsNet's - ResCapsNet's",
-            gaps_after_epoch_1(kept),
+            "validation accuracy after epoch 1: AlexCapsNet minus ResCapsNet",
+            gaps_after_epoch_1(rows),
             at_least=0.0,
             at_most=math.inf,
             form="+.2f",
@@ -222,8 +217,8 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "ResCapsNet ends slightly more accurate",
-            "test, ResCapsNet's - AlexCapsNet's",
-            gaps_at_the_end(kept),
+            "test accuracy: ResCapsNet minus AlexCapsNet",
+            gaps_at_the_end(rows),
             at_least=0.1,
             at_most=2.0,
             form="+.2f",
@@ -249,7 +244,7 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "AlexCapsNet is about 2x slower per epoch",
-            "time an image, AlexCapsNet's / ResCapsNet's",
+            "time per image: AlexCapsNet / ResCapsNet",
             time_ratios(scaling, "alexcaps", "rescaps"),
             at_least=1.5,
             at_most=2.5,
@@ -258,7 +253,7 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "DDP helps AlexCapsNet significantly",
-            "speed-up / processes, in bf16, a CPU core each",
+            "speed-up divided by processes (bf16, one CPU core per process)",
             ddp_efficiency(scaling, "alexcaps"),
             at_least=0.75,
             at_most=math.inf,
@@ -267,7 +262,7 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "DDP helps ResCapsNet moderately",
-            "speed-up / processes, in bf16, a CPU core each",
+            "speed-up divided by processes (bf16, one CPU core per process)",
             ddp_efficiency(scaling, "rescaps"),
             at_least=0.55,
             at_most=0.75,
@@ -276,8 +271,8 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "both do well under DDP",
-            "test, two processes' - one's",
-            gaps_under_ddp(kept),
+            "test accuracy: two processes minus one",
+            gaps_under_ddp(rows),
             at_least=-0.3,
             at_most=math.inf,
             form="+.2f",
@@ -285,8 +280,8 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         ),
         Claim(
             "ResCapsNet suits scarce resources",
-            "its FLOPs and times / AlexCapsNet's",
-            cost_ratios(kept, scaling),
+            "FLOPs and time per image: ResCapsNet / AlexCapsNet",
+            cost_ratios(rows, scaling),
             at_least=0.0,
             at_most=1.0,
             form=".2f",
@@ -298,47 +293,45 @@ def report_claims(kept: dict[str, dict], scaling: list[dict]) -> list[Claim]:
 # -- 4. What was measured for each of them -------------------------------------------
 
 
-def same_settings(names: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
-    """Whether both rows were measured, with equal settings of these names."""
+def same_settings(settings: tuple[str, ...], a: dict | None, b: dict | None) -> bool:
+    """True if both rows exist and agree in all of these settings."""
     if a is None or b is None:
         return False
-    return all(a[name] == b[name] for name in names)
+    return all(a[setting] == b[setting] for setting in settings)
 
 
-def network_pairs(kept: dict[str, dict], names: tuple[str, ...]) -> list[tuple]:
+def network_pairs(rows: dict[str, dict], settings: tuple[str, ...]) -> list[tuple]:
     """(setup, AlexCapsNet's row, ResCapsNet's row) for each setup of both networks.
 
-    Only if they were trained with equal settings of these names. A setup is a script on
-    a device: "single", "single-cuda", "ddp", "ddp-cuda". No run on the CPU is compared
+    A setup is left out if the networks differ in one of these settings. It is a script
+    on a device: "single", "single-cuda", "ddp", "ddp-cuda". No run on the CPU is compared
     with one on a GPU.
     """
     pairs = []
     for script in SCRIPTS:
         for device in DEVICES:
             setup = script + device
-            alex = kept.get(f"alexcaps-{setup}")
-            res = kept.get(f"rescaps-{setup}")
-            if same_settings(names, alex, res):
+            alex = rows.get(f"alexcaps-{setup}")
+            res = rows.get(f"rescaps-{setup}")
+            if same_settings(settings, alex, res):
                 pairs.append((setup, alex, res))
     return pairs
 
 
-def gaps_after_epoch_1(kept: dict[str, dict]) -> list[Estimate]:
+def gaps_after_epoch_1(rows: dict[str, dict]) -> list[Estimate]:
     """Validation accuracy after one epoch, AlexCapsNet's minus ResCapsNet's."""
     gaps = []
-    names = ("train_images", "world_size", "batch_size", "precision")
-    for setup, alex, res in network_pairs(kept, names):
+    for setup, alex, res in network_pairs(rows, TRAINED_ALIKE):
         first = [run["history"][0]["val_accuracy"] for run in alex["runs"]]
         second = [run["history"][0]["val_accuracy"] for run in res["runs"]]
         gaps.append(accuracy_difference(setup, first, second, VALIDATION_IMAGES))
     return gaps
 
 
-def gaps_at_the_end(kept: dict[str, dict]) -> list[Estimate]:
+def gaps_at_the_end(rows: dict[str, dict]) -> list[Estimate]:
     """Test accuracy after equally many epochs, ResCapsNet's minus AlexCapsNet's."""
     gaps = []
-    names = ("train_images", "world_size", "batch_size", "precision", "epochs")
-    for setup, alex, res in network_pairs(kept, names):
+    for setup, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
         first = res["values"]["accuracy"]
         second = alex["values"]["accuracy"]
         gaps.append(accuracy_difference(setup, first, second, TEST_IMAGES))
@@ -347,9 +340,9 @@ def gaps_at_the_end(kept: dict[str, dict]) -> list[Estimate]:
 
 def find_speeds(scaling: list[dict], network: str, precision: str) -> dict | None:
     """benchmark.py's row for this network and precision; None if there is none."""
-    for row in scaling:
-        if row["network"] == network and row["precision"] == precision:
-            return row
+    for speeds in scaling:
+        if speeds["network"] == network and speeds["precision"] == precision:
+            return speeds
     return None
 
 
@@ -361,22 +354,32 @@ def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
     ways = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
     ratios = []
     for label, precision, contestant in ways:
-        row_1 = find_speeds(scaling, first, precision)
-        row_2 = find_speeds(scaling, second, precision)
-        if row_1 and row_2:
+        speeds_1 = find_speeds(scaling, first, precision)
+        speeds_2 = find_speeds(scaling, second, precision)
+        if speeds_1 and speeds_2:
             # benchmark.py measures images/s. The time per image is 1 / speed, so the
             # ratio of the times is the ratio of the speeds, upside down.
-            ratios.append(ratio(label, row_2[contestant], row_1[contestant]))
+            ratios.append(ratio(label, speeds_2[contestant], speeds_1[contestant]))
     return ratios
 
 
+def efficiency(speeds: dict, contestant: str) -> Estimate:
+    """The speed of two processes, divided by twice the speed of one; 1 is ideal.
+
+    `speeds` is a row of benchmark.py's part "scaling". `contestant` is "ddp", or "apart"
+    for two processes that share nothing.
+    """
+    twice = [2 * speed for speed in speeds["one"]]
+    return ratio(speeds["precision"], speeds[contestant], twice)
+
+
 def ddp_efficiency(scaling: list[dict], network: str) -> list[Estimate]:
-    """In bfloat16, since the report's DDP runs are in half precision, too."""
-    row = find_speeds(scaling, network, "bf16")
-    return [efficiency(row, "ddp")] if row else []
+    """The efficiency of DDP in bfloat16: the report's runs have half precision, too."""
+    speeds = find_speeds(scaling, network, "bf16")
+    return [efficiency(speeds, "ddp")] if speeds else []
 
 
-def gaps_under_ddp(kept: dict[str, dict]) -> list[Estimate]:
+def gaps_under_ddp(rows: dict[str, dict]) -> list[Estimate]:
     """Test accuracy of train_ddp.py's two processes minus train_single.py's one.
 
     They also differ in batch and precision. The claim is about both networks: unless
@@ -386,8 +389,8 @@ def gaps_under_ddp(kept: dict[str, dict]) -> list[Estimate]:
     measured = set()
     for network in NETWORKS:
         for device in DEVICES:
-            one = kept.get(f"{network}-single{device}")
-            two = kept.get(f"{network}-ddp{device}")
+            one = rows.get(f"{network}-single{device}")
+            two = rows.get(f"{network}-ddp{device}")
             if same_settings(("train_images", "epochs"), one, two):
                 label = network.removesuffix("caps") + device
                 first = two["values"]["accuracy"]
@@ -397,10 +400,10 @@ def gaps_under_ddp(kept: dict[str, dict]) -> list[Estimate]:
     return gaps if len(measured) == len(NETWORKS) else []
 
 
-def cost_ratios(kept: dict[str, dict], scaling: list[dict]) -> list[Estimate]:
+def cost_ratios(rows: dict[str, dict], scaling: list[dict]) -> list[Estimate]:
     """FLOPs and times per image, ResCapsNet's over AlexCapsNet's."""
     ratios = []
-    pairs = network_pairs(kept, names=())
+    pairs = network_pairs(rows, settings=())
     if pairs:
         _, alex, res = pairs[0]  # the networks are the same in every setup
         flops = res["flops_per_image"] / alex["flops_per_image"]

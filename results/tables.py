@@ -468,10 +468,10 @@ def draw(kept: dict[str, dict], images: Tensor, labels: Tensor) -> None:
             plain_run = kept[f"plain-{name}"]["runs"][0]
             angles = evaluate.at_angles(plain_run["report"])
         lengths = np.load(file)
-        evaluate.draw_all(run, lengths, images, labels, run["folder"], angles)
+        evaluate.save_pictures(run, lengths, images, labels, run["folder"], angles)
         if evaluate.weights_file(run):
             model = evaluate.load_network(run, torch.device("cpu"))
-            evaluate.draw_redrawn(run, model, lengths, images, labels, run["folder"])
+            evaluate.save_decoder_pictures(run, model, lengths, images, labels, run["folder"])
 
 
 def main() -> None:

@@ -437,8 +437,8 @@ def written_again(tmp_path, monkeypatch):
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
     monkeypatch.setattr(tables, "load", lambda *_: (None, None))  # needs MNIST
-    monkeypatch.setattr(evaluate, "draw_all", mock.Mock())
-    monkeypatch.setattr(evaluate, "draw_comparison", mock.Mock())
+    monkeypatch.setattr(evaluate, "save_pictures", mock.Mock())
+    monkeypatch.setattr(evaluate, "save_comparison", mock.Mock())
     with mock.patch.dict(train_single.MODELS):
         code, _, error = call(tables)
     assert code == 0, error
@@ -458,7 +458,7 @@ def test_pages_are_what_results_holds(written_again):
 
 def test_runs_are_drawn_beside_their_plain_network(written_again):
     drawn = {}
-    for drawing in evaluate.draw_all.call_args_list:
+    for drawing in evaluate.save_pictures.call_args_list:
         run, *_, angles = drawing.args
         drawn[run["folder"].name] = angles
     assert len(drawn) >= 4
