@@ -119,15 +119,15 @@ def headline(kept: dict[str, dict]) -> str:
             "network": MODELS[network].__name__,
             "trained by": f"train_{script}.py",
             "the report, %": f"{accuracy:.2f}",
-            "its epochs": epochs,
+            "report's epochs": epochs,
             "**ours, %**": "",
-            "epochs": "",
+            "our epochs": "",
             "n": 0,
         }
         if setup in kept:
             ours = kept[setup]
             row["**ours, %**"] = mean_and_deviation(ours, "accuracy")
-            row["epochs"] = ours["epochs"]
+            row["our epochs"] = ours["epochs"]
             row["n"] = ours["n"]
         rows.append(row)
     return table(rows)
@@ -151,10 +151,10 @@ def run_table(kept: dict[str, dict]) -> str:
             "validation, %": mean_and_deviation(row, "val_accuracy"),
             "**test, %**": mean_and_deviation(row, "accuracy"),
             "95 %": f"{low:.2f} to {high:.2f}",
-            "MFLOPs an image": row["flops_per_image"] / 1e6,
+            "MFLOPs per image": row["flops_per_image"] / 1e6,
             "processes": row["world_size"],
             "hardware": row["hardware"],
-            "seconds an epoch": row["seconds"],
+            "seconds per epoch": row["seconds"],
             "parameters": f"{row['parameters']:,}",
         }
         rows.append(cells)
@@ -318,7 +318,7 @@ def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
         cells = {
             "our epochs": ", ".join(map(str, epochs)),
             "our seconds": seconds,
-            "times sooner": row["its seconds"] / seconds,
+            "speed-up": row["report's seconds"] / seconds,
         }
         rows.append(row | cells)
     return table(rows)
