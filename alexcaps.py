@@ -1,9 +1,9 @@
-"""AlexCapsNet: AlexNet's five convolutions, made for digits, under capsules.
+"""AlexCapsNet: AlexNet's five convolutions, adapted to digits, with capsules on top.
 
     python alexcaps.py          prints the shape after each step and the parameter count
 
 It has 2,677,696 parameters. AlexNet is from Krizhevsky, Sutskever, Hinton, NeurIPS 2012,
-here with the channels of its 2014 version (arXiv:1404.5997), as in torchvision. The
+here with the channel counts of the 2014 version (arXiv:1404.5997), as in torchvision. The
 capsule hybrid follows a student report, with three departures, each marked below.
 """
 
@@ -51,7 +51,7 @@ class AlexCapsNet(CapsuleNetwork):
         digits = DigitCapsules(N=128, I=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 3: the initialisation (initialise_convolutions and DigitCapsules
         # have the rules). With PyTorch's default, the report's network classified 33 %
-        # of the digits correctly over its first epoch, according to its log.
+        # of the digits correctly in its first epoch, according to its log.
         super().__init__(features, primary, digits, reconstruction)
 
 

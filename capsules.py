@@ -8,7 +8,7 @@ Two papers are used throughout:
     [S17] Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, NeurIPS 2017
     [H15] He, Zhang, Ren, Sun: Delving Deep into Rectifiers, ICCV 2015
 
-Dimensions, named once for all files (a capital letter is a size, a lower-case one an index):
+All files use these dimensions. A capital letter is a size, a small letter an index:
 
     B  images in the batch
     N  primary capsules, i = 1..N        I  numbers in a primary capsule (8)
@@ -44,7 +44,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def squash(s: Tensor) -> Tensor:
-    """Shrink vectors to a length below 1, keep their direction. [..., D] -> [..., D].
+    """Shrink vectors to a length below 1 and keep their direction. [..., D] -> [..., D].
 
     [S17] eq. 1.
     """
@@ -53,9 +53,9 @@ def squash(s: Tensor) -> Tensor:
     #   v =  --------- * -----  =  s * ---------                        [S17] eq. 1
     #        1 + |s|^2    |s|          1 + |s|^2
     #
-    # We compute the right side, in which one |s| is cancelled: at the zero vector it
-    # is 0, while the left side is 0/0. And vector_norm has the gradient 0 there, while
-    # sqrt(sum(s * s)) has the gradient nan.
+    # We compute the second form, in which one |s| cancels out: at the zero vector it is
+    # 0, while the first form is 0/0. The gradient of vector_norm is also 0 there, while
+    # that of sqrt(sum(s * s)) is nan.
     norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)  # [..., D] -> [..., 1]
     return s * (norm / (1 + norm * norm))
 
@@ -75,11 +75,11 @@ def dynamic_routing(
 
     [S17] procedure 1. votes[:, j, i] is u^_j|i: what primary capsule i says that digit
     capsule j should be (DigitCapsules makes the votes). A vote that agrees with the
-    present v_j counts more in the next iteration.
+    current v_j counts more in the next iteration.
 
     With return_couplings the function also returns the coupling coefficients c of
     every iteration, each [B, J, N]. Gradients flow through all iterations. Each image
-    is routed alone: no sum below runs over B.
+    is routed on its own: no sum below runs over B.
 
     The layout [B, J, N, D] makes this fast. Both sums of the procedure read memory in
     order, and the sum over i is a batched matrix product, which never stores the
@@ -88,7 +88,7 @@ def dynamic_routing(
     votes = at_least_float32(votes)
     B, J, N = votes.shape[:3]
     # Iteration 1. The logits b_ij start at 0, so softmax gives each of the J digits an
-    # equal share, 1/J, and s_j is a plain sum: no softmax, no matrix product.
+    # equal share, 1/J. So s_j is a plain sum, without softmax or matrix product.
     #
     #   c_ij = 1 / J       s_j = sum_i c_ij u^_j|i      v_j = squash(s_j)
     #                                                               [S17] procedure 1
@@ -97,8 +97,8 @@ def dynamic_routing(
     b = votes.new_zeros(B, J, N)
     for _ in range(iterations - 1):
         #   b_ij = b_ij + u^_j|i . v_j                              [S17] procedure 1
-        # The scalar product has only D = 16 terms: multiplying and summing is faster
-        # here than a matrix product, above all in the backward pass.
+        # The dot product has only D = 16 terms: multiplying and summing is faster here
+        # than a matrix product, especially in the backward pass.
         # [B, J, N, D] * [B, J, 1, D] -> [B, J, N]
         b = b + (votes * v.unsqueeze(2)).sum(dim=3)
         #   c_ij = exp(b_ij) / sum_k exp(b_ik)                            [S17] eq. 3
@@ -141,15 +141,15 @@ class PrimaryCapsules(nn.Module):
 
 
 class DigitCapsules(nn.Module):
-    """All primary capsules vote for all digits, then routing: [B, N, I] -> [B, J, D]."""
+    """Primary capsules vote for digits, then votes are routed: [B, N, I] -> [B, J, D]."""
 
     def __init__(self, N: int, I: int, J: int = 10, D: int = 16, iterations: int = 3):
         super().__init__()
         self.J = J
         self.D = D
         self.iterations = iterations
-        # Each primary capsule has its J matrices side by side, each transposed to
-        # [I, D], so that one product makes all its J votes.
+        # The J matrices of a primary capsule stand side by side, each transposed to
+        # [I, D], so that one product gives all its J votes.
         self.weight = nn.Parameter(torch.empty(N, I, J * D))
         # START ALIVE. Each number of a vote has variance std^2 |u|^2. In iteration 1,
         # s_j is a sum of N independent votes over J, and has D numbers:
@@ -175,7 +175,7 @@ class DigitCapsules(nn.Module):
         votes = torch.bmm(u, self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
         votes = votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
-        # Autocast would compute the matrix products of routing in 16 bits: off here.
+        # Autocast would compute the matrix products of routing in 16 bits, so it is off.
         with torch.autocast(votes.device.type, enabled=False):
             return dynamic_routing(votes, self.iterations, return_couplings)
 
@@ -227,7 +227,7 @@ class Decoder(nn.Module):
         mask = nn.functional.one_hot(digits, capsules.shape[1])  # [B] -> [B, J]
         kept = capsules * mask.unsqueeze(2)  # [B, J, D] * [B, J, 1]
         x = self.layers(kept.flatten(1))  # [B, J, D] -> [B, J*D] -> [B, 784]
-        # In bfloat16 the sigmoid of 6.5 would be exactly 1, with the gradient 0.
+        # In bfloat16 the sigmoid of 6.5 would be exactly 1, with gradient 0.
         pixels = at_least_float32(x).sigmoid()  # 0 is black, 1 is white
         return pixels.view(-1, 1, 28, 28)
 
@@ -243,8 +243,8 @@ def initialise_convolutions(model: nn.Module) -> None:
     start with capsules of almost no length, where squash is flat.
 
     The convolution of the primary capsules gets twice that standard deviation. Then
-    even the weakest capsule has |u| near 1, as DigitCapsules assumes. And a step of
-    Adam, which does not grow with the weights, turns these capsules half as far.
+    even the weakest capsule has |u| near 1, as DigitCapsules assumes. Also, a step of
+    Adam does not grow with the weights, so it turns these capsules half as far.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -278,7 +278,7 @@ class CapsuleNetwork(nn.Module):
         initialise_convolutions(self)
         self.reconstruction = reconstruction
         self.decoder = None
-        if reconstruction > 0:  # built last: the rest starts as it does without it
+        if reconstruction > 0:  # last, so that the other weights start the same
             self.decoder = Decoder(digits.J, digits.D)
 
     def forward(self, images: Tensor, return_couplings: bool = False):
@@ -293,9 +293,9 @@ class CapsuleNetwork(nn.Module):
     def loss(self, capsules: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """The training loss of capsules = self(images), a scalar.
 
-        The margin loss and, with a decoder, `reconstruction` times the mean squared
-        error of the pixels. [S17] section 4.1 takes the sum over 784 pixels times
-        0.0005, which is the mean times 0.392.
+        It is the margin loss plus, with a decoder, `reconstruction` times the mean
+        squared error of the pixels. [S17] section 4.1 multiplies the sum over 784
+        pixels by 0.0005, which equals the mean times 0.392.
         """
         loss = margin_loss(self.scores(capsules), labels)
         if self.decoder is not None:
@@ -316,10 +316,10 @@ class CapsuleNetwork(nn.Module):
 
 
 def print_shapes(model: CapsuleNetwork) -> None:
-    """The shape after each step, how long the capsules are at the start, parameters."""
+    """Print each layer's output shape, the initial capsule length, and the parameters."""
     x = torch.randn(2, 1, model.side, model.side)
     for layer in (*model.features, model.primary, model.digits):
         x = layer(x)
         print(f"{type(layer).__name__:16s} {list(x.shape)}")
-    print("lengths at the start", model.scores(x).mean().item())
+    print("mean capsule length at the start:", model.scores(x).mean().item())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,8 +1,8 @@
 """MNIST (or scikit-learn's digits) as batches on the training device, in reproducible epochs.
 
 The images stay on the device as uint8 (MNIST: 47 MB). One grid_sample turns a whole batch
-into network input. That is 11 times as fast as PIL image by image at 28x28, and 3 times at
-78x78.
+into network input. PIL, which works image by image, takes 11 times as long for inputs of
+28x28, and 3 times as long for 78x78.
 
 Everything random in an epoch depends on (seed, epoch) alone. So a resumed run needs no
 saved random state, and one process with batches of 64 sees exactly the images that two
@@ -34,8 +34,8 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-SILENCE_SECONDS = 15  # a mirror from which nothing arrives for so long is given up
-DOWNLOAD_SECONDS = 300  # for all files from all mirrors
+SILENCE_SECONDS = 15  # give up on a mirror that sends nothing for this long
+DOWNLOAD_SECONDS = 300  # in total, for all files from all mirrors
 FILE_BYTES = 10_000_000  # the largest file of MNIST has 9,912,422 (packed)
 
 
@@ -49,8 +49,8 @@ class UserError(Exception):
 def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
     """The content of one MNIST file, unpacked. None if it is missing.
 
-    UserError if it is not MNIST's. The content that is checked is the content that is
-    returned, so nothing else in the folder can be read by mistake.
+    UserError if it is not a file of MNIST. The content that is checked is the content that
+    is returned, so nothing else in the folder can be read by mistake.
     """
     path = Path(data_dir) / "MNIST" / "raw" / name
     if not path.exists():
@@ -65,19 +65,19 @@ def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
         content = b""  # half a file: its checksum is wrong as well
     if md5(content) != MNIST_MD5[name]:
         hint = "move it elsewhere, or give another --data-dir"
-        raise UserError(f"{path} is not MNIST's (damaged, or of another dataset): {hint}")
+        raise UserError(f"{path} is not a file of MNIST (or it is damaged): {hint}")
     return content
 
 
 def md5(content: bytes) -> str:
-    """The checksum that MNIST's files are known by."""
+    """The checksum that identifies MNIST's files."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def download_mnist(data_dir: str | Path) -> None:
     """Download MNIST's four files into data_dir. UserError if that fails.
 
-    They are written when all four are complete, and each gets its name when it is whole.
+    Nothing is written until all four have arrived. Each gets its name once complete.
     """
     from torchvision.datasets import MNIST  # slow to import, and only needed here
 
@@ -100,17 +100,17 @@ def download_from_mirrors(mirrors: list[str], name: str, checksum: str, give_up:
     for mirror in mirrors:
         try:
             content = download(mirror + name, give_up)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the next mirror may do
+        except Exception as error:  # noqa: BLE001 - whatever it was, the next mirror may work
             reasons.append(f"{mirror}: {error or type(error).__name__}")
             continue
         if md5(content) == checksum:
             return content
-        reasons.append(f"{mirror}: another file, or an incomplete one")
+        reasons.append(f"{mirror}: it sent a wrong or incomplete file")
     raise UserError(f"the download failed ({'; '.join(reasons)})")
 
 
 def download(url: str, give_up: float) -> bytes:
-    """What a server answers, if it is not silent, endless, or late.
+    """Download a URL. Raises an error if the server is silent, too slow, or sends too much.
 
     `give_up` is a time of time.monotonic().
     """
@@ -128,8 +128,8 @@ def download(url: str, give_up: float) -> bytes:
 def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
     """What "auto", "mnist" or "digits" means here: (name, why MNIST is missing or "").
 
-    "auto" falls back to the digits only if MNIST is not available. A file that is not
-    MNIST's is an error under "auto", too. "digits" never asks the network.
+    "auto" falls back to the digits only if MNIST is not available. A wrong or damaged file
+    is an error under "auto", too. "digits" never goes online.
     """
     if choice == "digits":
         return "digits", ""
@@ -174,7 +174,7 @@ def load_mnist(data_dir: str | Path, test: bool) -> tuple[Tensor, Tensor]:
     if images is None or labels is None:
         raise UserError(f"MNIST is not in {data_dir}: give its folder with --data-dir")
     # The IDX format: a header (16 bytes before images, 8 before labels), then one byte for
-    # each pixel or label. bytearray, since a tensor's memory must be writable.
+    # each pixel or label. bytearray, because a tensor's memory must be writable.
     pixels = torch.frombuffer(bytearray(images), dtype=torch.uint8)[16:]
     classes = torch.frombuffer(bytearray(labels), dtype=torch.uint8)[8:]
     return pixels.view(-1, 28, 28), classes.long()
@@ -183,8 +183,7 @@ def load_mnist(data_dir: str | Path, test: bool) -> tuple[Tensor, Tensor]:
 def load_digits(test: bool) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits of 8x8 pixels in 0..16, enlarged to uint8 28x28.
 
-    360 of them, always the same ones and about equally many of each class, are the test
-    part.
+    The test part is always the same 360 of them, with about equally many of each class.
     """
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
@@ -213,7 +212,7 @@ def images_to_input(
     shifts [B, 2] moves each image by its own pixels (of 28), to the right and down. Then
     degrees [B] turns it by its own angle, counter-clockwise as torchvision's rotate does.
     Shift, rotation and resize are ONE bilinear grid_sample. It comes before standardisation,
-    so that corners which turn into the picture are black (0) and not grey (the mean).
+    so that corners which turn into the picture are black (0) rather than grey (the mean).
     TypeError if the images are not uint8: floats in 0..1 would be divided by 255 again.
     """
     if images.dtype != torch.uint8:
@@ -242,7 +241,7 @@ def sampling_grid(x: Tensor, side: int, degrees: Tensor | None, shifts: Tensor |
     #   ( cos  -sin ) ( x )     ( right )
     #   ( sin   cos ) ( y )  -  ( down  )
     #
-    # since the shift came first. The y axis points down, so this matrix turns the picture
+    # because the shift came first. The y axis points down, so this matrix turns the picture
     # counter-clockwise.
     rows = [cos, -sin, -right, sin, cos, -down]
     theta = torch.stack(rows, dim=1).view(-1, 2, 3)
@@ -250,13 +249,13 @@ def sampling_grid(x: Tensor, side: int, degrees: Tensor | None, shifts: Tensor |
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of an epoch's random numbers. Runs of different --seed share none of them, as
-    long as they have fewer than 1000 epochs. (PyTorch uses 32 bits of it.)"""
+    """The seed of an epoch's random numbers. Runs with different --seed share none, as long
+    as they have fewer than 1000 epochs. (PyTorch uses 32 bits of it.)"""
     return 1000 * seed + epoch
 
 
 class DigitBatches(Dataset):
-    """Labelled digits that a DataLoader asks for by whole batches.
+    """Labelled digits, which a DataLoader fetches in whole batches.
 
     With `rotate` (degrees) or `shift` (pixels) above 0, every image has one angle and one
     shift per epoch. They are drawn for ALL images from (seed, epoch) and looked up by the
@@ -290,7 +289,7 @@ class DigitBatches(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A DataLoader calls this once per batch, instead of __getitem__ once per image."""
         device = self.labels.device
-        # From pinned memory, the copy to a GPU does not make the CPU wait
+        # A copy from pinned memory to a GPU does not make the CPU wait
         chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
         chosen = chosen.to(device, non_blocking=True)
         images = self.images[chosen]

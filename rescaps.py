@@ -1,4 +1,4 @@
-"""ResCapsNet: three residual blocks at full resolution, under capsules.
+"""ResCapsNet: three residual blocks at full resolution, with capsules on top.
 
     python rescaps.py           prints the shape after each step and the parameter count
 
@@ -29,8 +29,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, since nothing else needs the values in between. At B = 32 this saves
-        # 50 MB per block.
+        # In place, because nothing else needs the intermediate values. At B = 32 this
+        # saves 50 MB per block.
         return self.residual(x).add_(x).relu_()
 
 
@@ -40,7 +40,7 @@ class ResCapsNet(CapsuleNetwork):
     # The report's input size: its 9x9 convolution with stride 8 then has
     # (78 - 9) // 8 + 1 = 9 places along each side.
     side = 78
-    # Departure 1: the input is standardised. The report's lies in 0..1.
+    # Departure 1: the input is standardised. The report's input lies in 0..1.
     mean = 0.1307
     std = 0.3081
     # The primary capsules sit at 9x9 places, 8 pixels apart. Each place sees 17x17.

@@ -474,7 +474,7 @@ def test_mnist_is_read_and_split(raw, tmp_path):
     assert images.numpy().tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
     assert bytes(labels.tolist()) == (raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]
     flip_a_bit(raw / "train-labels-idx1-ubyte")  # what goes bad later is not read, either
-    with pytest.raises(data.UserError, match="not MNIST's"):
+    with pytest.raises(data.UserError, match="not a file of MNIST"):
         data.load("mnist", tmp_path, "train")
     for path in raw.glob("t10k*ubyte"):  # packed files will do
         pack(path)
@@ -489,7 +489,7 @@ def test_another_file_of_that_name_is_not_mnist(spoil, choice, raw, tmp_path):
     spoil(raw / "train-images-idx3-ubyte")
     flags = ("--dataset", choice, "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
     result = single("--model", "alexcaps", *flags)
-    assert_one_line(result, "train-images-idx3-ubyte", "is not MNIST's", "--data-dir")
+    assert_one_line(result, "train-images-idx3-ubyte", "is not a file of MNIST", "--data-dir")
     assert not (tmp_path / "run").exists()
 
 
@@ -671,7 +671,7 @@ def test_two_runs_in_one_folder(copy):
     before = contents(copy)
     first = train_single.FolderLock(copy)
     for flags in (("--resume", copy), (*SMALL, "--run-dir", copy, "--overwrite")):
-        assert_one_line(single(*flags), "another training is writing", "wait for it")
+        assert_one_line(single(*flags), "another training run is writing", "wait for it")
     assert contents(copy) == before
     first.file_lock.release()  # as the kernel does when a process ends
     assert single("--resume", copy)[0] == 0
@@ -712,7 +712,7 @@ def test_a_damaged_checkpoint_is_refused(spoil, words, copy, monkeypatch):
 )
 def test_a_resumed_run_keeps_what_it_began_with(flag, copy):
     before = contents(copy)
-    words = "is less than the 2" if "epochs" in flag else "does not go with --resume"
+    words = "is less than the 2" if "epochs" in flag else "cannot be used with --resume"
     assert_one_line(single("--resume", copy, flag), flag.split("=")[0], words)
     assert contents(copy) == before
 
@@ -1325,7 +1325,7 @@ def test_stale_rank_variables_are_said_and_can_be_interrupted(signal_number, tmp
     stale |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = ("train_ddp.py", *SMALL, "--run-dir", tmp_path / "run")
     process = run_python(*command, start=True, env=os.environ | stale)
-    assert process.stdout.readline() == "rank 1 waits for the others at 127.0.0.1\n"
+    assert process.stdout.readline() == "rank 1 is waiting for the others at 127.0.0.1\n"
     process.send_signal(signal_number)
     process.communicate(timeout=60)
     assert process.returncode == -signal_number

@@ -6,9 +6,9 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv-backend=c10d --rdzv-id=JOB \\
         --rdzv-endpoint=HOST:29500 train_ddp.py --model alexcaps   on each of 2 machines
 
-On 2 CPU cores with bfloat16, 20 epochs of AlexCapsNet take 70 s each. The test accuracy
-is 99.6 %. Open train_single.py beside it: the loop is the same, and what does not change
-is imported. What distribution or mixed precision adds is marked with one of two words:
+On 2 CPU cores with bfloat16, an epoch of AlexCapsNet takes 70 s. After 20 epochs its test
+accuracy is 99.6 %. Open train_single.py beside it: the loop is the same, and what does not
+change is imported. What distribution or mixed precision adds is marked with one of two words:
 
     DDP:  - The ranks (processes 0, 1, ...) join one process group.
           - Each rank gets a device of its own, or its part of the CPU's threads.
@@ -42,11 +42,11 @@ import train_single
 from data import DigitBatches, UserError, as_batch, epoch_seed
 from train_single import SHOW_EVERY, Run, progress, show, tally
 
-# DDP: torchrun tells each process who it is. Without all of these variables there is one
-# process (but see refuse_half_a_launch).
+# DDP: torchrun tells each process who it is. If any of these variables is missing, there is
+# one process (but see refuse_half_a_launch).
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = all(name in os.environ for name in LAUNCHER)
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all: 0 decides, writes, prints
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all ranks: 0 decides, writes, prints
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 LOCAL_WORLD_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1
@@ -80,7 +80,7 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
     # With --accumulation-steps k, the gradients of k batches (a group) are added up before an
-    # optimizer step. It is the step of a batch k times as large, in the memory of a small one.
+    # optimizer step. It is the step of a batch k times as large, but needs no more memory.
     accumulate = config["accumulation_steps"]  # batches in a group
     group_images = accumulate * config["batch_size"]  # images in a group, on this rank
     rank_images = len(sampler)  # images in the epoch, on this rank
@@ -115,7 +115,7 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
             run.optimizer.zero_grad()
         sums += tally(loss, run.model.scores(capsules), labels)
         if batch_number % SHOW_EVERY == 0 or batch_number == len(loader):
-            # DDP: show the same numbers on all ranks, so a loss that is not finite stops all.
+            # DDP: show the same numbers on all ranks, so all stop if the loss is not finite.
             show(bar, summed(sums))
     return summed(sums)  # DDP: over all ranks
 
@@ -157,7 +157,7 @@ def join() -> dist.Store:
     # that share a GPU need gloo, too, because NCCL refuses them.
     backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
-        print(f"rank {RANK} waits for the others at {os.environ['MASTER_ADDR']}", flush=True)
+        print(f"rank {RANK} is waiting for the others at {os.environ['MASTER_ADDR']}", flush=True)
     try:
         if LAUNCHED:
             launch_store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -191,7 +191,7 @@ def store_of_rank_0(launch_store: dist.Store, host: str) -> dist.Store:
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, timeout=TIMEOUT)
         time.sleep(0.1)
-    raise UserError(f"rank {RANK} waits for rank 0, which does not answer")
+    raise UserError(f"rank {RANK} cannot reach rank 0, which does not answer")
 
 
 def together(work):
@@ -242,9 +242,9 @@ def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
         # DDP: before the run is saved for the first time, so that no restart misses it
         launch_store.set("run", json.dumps([config["id"], str(folder)]))
     if on_cpu and config["precision"] == "fp16":
-        raise UserError("--precision fp16 needs a GPU; on the CPU take bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU: on the CPU use bf16 or fp32")
     if config["sync_bn"] and (on_cpu or config["compile"]):
-        raise UserError("--sync-bn needs GPUs, and does not go with --compile")
+        raise UserError("--sync-bn needs GPUs, and cannot be used with --compile")
     return given, config, folder
 
 
@@ -252,7 +252,7 @@ def after_restart(given: dict, launch_store: dist.Store) -> dict:
     """DDP: if torchrun restarted us and our run was saved, resume it: {"resume": folder}.
 
     Otherwise the flags stay as given. If a rank died before our first save, last.pt may be
-    that of an older run, which --overwrite was to replace. So we compare ids.
+    that of an older run, which --overwrite was meant to replace. So we compare ids.
     """
     if "resume" in given or not launch_store.check(["run"]):
         return given
@@ -300,8 +300,8 @@ def pick_device(config: dict) -> torch.device:
         gpus = max(1, torch.cuda.device_count())  # if there is none, find_device says so
         return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 if you did not set it, which leaves cores idle. (We cannot tell
-        # if you set it to 1 yourself.)
+        # torchrun sets OMP_NUM_THREADS to 1 if you did not set it, which leaves cores idle.
+        # (We cannot tell if you set it to 1 yourself.)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // LOCAL_WORLD_SIZE))
     return torch.device("cpu")
@@ -329,7 +329,7 @@ def wrap(run: Run) -> DistributedDataParallel:
     # Ignore a harmless warning: in a dimension of size 1, the stride of cuDNN's gradient may
     # differ from the stride of the weight.
     warnings.filterwarnings("ignore", "Grad strides do not match")
-    # gradient_as_bucket_view: gradients stay in the buffers that are sent, one copy less
+    # gradient_as_bucket_view: gradients stay in the buffers that are sent, which saves a copy
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
 
 

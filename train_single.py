@@ -5,7 +5,7 @@
     python train_single.py --model alexcaps --dry-run     one step of everything
     python train_single.py --resume runs/alexcaps-single  continue after any stop
 
-The run's files go to runs/<model>-single: last.pt, from which it can be resumed, and
+The run's files go to runs/<model>-single: last.pt, from which the run is resumed, and
 what evaluate.py reads. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes.
 After nine epochs its validation accuracy is 99.6 %.
 
@@ -60,7 +60,7 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
     seed = run.config["seed"]
     dataset.set_epoch(seed, epoch)  # draws this epoch's angles and shifts
     # The order of the images depends on (seed, epoch) alone. (Do not use shuffle=True:
-    # the DataLoader would take a number from the generator first, and the order would
+    # the DataLoader would draw a number from the generator first, and the order would
     # differ from that of DistributedSampler in train_ddp.py.)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     sampler = RandomSampler(dataset, generator=generator)
@@ -75,7 +75,7 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
         # The margin loss of the capsules' lengths; with --reconstruction, also the
         # decoder's loss. Both are in capsules.py.
         loss = model.loss(capsules, images, labels)
-        run.optimizer.zero_grad()  # or backward would add to the last step's gradients
+        run.optimizer.zero_grad()  # or backward would add to the previous step's gradients
         loss.backward()  # the gradient of the loss with respect to each weight
         run.optimizer.step()  # Adam changes the weights
         # The images are on the device already and the sums stay there, so the CPU can
@@ -183,7 +183,7 @@ class Run:
         # Training starts with large steps and ends with small ones: the last of 20 epochs
         # has 0.7^9 = 4 % of the first learning rate.
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.7)
-        # For train_ddp.py. In any precision but float16 it does nothing.
+        # For train_ddp.py in float16. In other precisions it does nothing.
         float16 = config["precision"] == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=float16)
 
@@ -193,7 +193,7 @@ class Run:
         return max(self.history, key=lambda row: row["val_accuracy"])
 
     def finish_epoch(self, trained: Tensor, validated: Tensor, seconds: float) -> None:
-        """Add an epoch's row to the history, and move the schedule on.
+        """Add an epoch's row to the history, and advance the schedule.
 
         `trained` and `validated` are sums, see tally. Accuracies are in percent.
         """
@@ -229,7 +229,7 @@ class Run:
         self.history = checkpoint["history"]
         if len(self.history) > self.config["epochs"]:
             done = len(self.history)
-            raise UserError(f"--epochs is less than the {done} that are done")
+            raise UserError(f"--epochs is less than the {done} epochs that are done")
         try:
             for name in SAVED:
                 getattr(self, name).load_state_dict(checkpoint[name])
@@ -240,7 +240,7 @@ class Run:
         """Write the run as it is after an epoch, or before the first one.
 
         best.pt comes before last.pt: after a stop between the two, the epoch is
-        repeated and ends the same. In the other order, the history in last.pt could name
+        repeated with the same result. In the other order, the history in last.pt could name
         a best epoch that best.pt does not hold.
         """
         self.lock.check()  # or we would write into somebody else's run
@@ -255,8 +255,8 @@ class Run:
         if self.history and self.best is self.history[-1]:
             write_file(self.folder / "best.pt", content)
         write_file(self.folder / "last.pt", content)
-        # A new run has no best epoch yet. Remove what is left of the run that it replaces,
-        # now that last.pt is its own.
+        # A new run has no best epoch yet. Now that last.pt is its own, remove what is left
+        # of the run that it replaces.
         if not self.history:
             for name in ("best.pt", "report.json"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -307,24 +307,25 @@ def build_parser(description: str) -> "Parser":
     flag("--model", "which network; needed to start a run", choices=MODELS)
     flag("--routing-iterations", "iterations of routing", type=count, metavar="N")
     flag("--reconstruction", "weight of the decoder's loss; 0: no decoder; 0.392: the paper's "
-         "weight; with 20 the drawings follow the digits after a few epochs",
+         "weight; with 20 the drawings resemble the digits after a few epochs",
          type=real(0, 100), metavar="W")
     flag("--dataset", "auto: MNIST, or scikit-learn's digits if MNIST is not available",
          choices=("auto", "mnist", "digits"))
     flag("--data-dir", "the folder that holds MNIST/raw", type=nonempty_path, metavar="DIR")
-    flag("--train-size", "at most the first N training images", type=count, metavar="N")
-    flag("--rotate", "turn digits by up to R degrees", type=real(0, 180), metavar="R")
-    flag("--shift", "move digits by up to S pixels", type=real(0, 28), metavar="S")
+    flag("--train-size", "use only the first N training images", type=count, metavar="N")
+    flag("--rotate", "rotate training digits by up to R degrees", type=real(0, 180), metavar="R")
+    flag("--shift", "shift training digits by up to S pixels", type=real(0, 28), metavar="S")
     flag("--epochs", "passes over the training images", type=count, metavar="N")
     flag("--batch-size", "images per step and process", type=count, metavar="N")
-    flag("--lr", "learning rate of Adam, times 0.7 every 2 epochs", type=real(1e-9, 100))
+    flag("--lr", "initial learning rate of Adam, multiplied by 0.7 every 2 epochs",
+         type=real(1e-9, 100))
     flag("--seed", "seed of weights, order and augmentation",
          type=number_between(int, 0, 4_000_000))
     flag("--device", "cpu, cuda, cuda:1 ...; without it, the GPU if there is one")
-    flag("--compile", "torch.compile: a minute at first, then perhaps faster steps",
+    flag("--compile", "use torch.compile: it takes a minute, then steps may be faster",
          action=argparse.BooleanOptionalAction)
-    flag("--dry-run", "one step of everything, in runs/dry-run", action="store_true")
-    flag("--run-dir", "without it, runs/<model>-<script>[-digits][-seedN]",
+    flag("--dry-run", "take one step of everything, in runs/dry-run", action="store_true")
+    flag("--run-dir", "where the run goes; without it, runs/<model>-<script>[-digits][-seedN]",
          type=nonempty_path, metavar="DIR")
     flag("--resume", "continue the run in this folder; only --epochs, --data-dir, --device and "
          "--compile may be given with it", type=nonempty_path, metavar="RUN")
@@ -354,7 +355,7 @@ def new_settings(given: dict, fixed: dict) -> dict:
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
     if config["dry_run"]:
-        refuse_flags(given, ("epochs", "train_size"), "--dry-run", "it takes one step")
+        refuse_flags(given, ("epochs", "train_size"), "--dry-run", "a dry run takes one step")
     config["device"] = str(find_device(config["device"]))
     ranks = config["world_size"]
     config["effective_batch"] = config["batch_size"] * ranks * config["accumulation_steps"]
@@ -397,7 +398,7 @@ def refuse_flags(given: dict, names, other: str, reason: str) -> None:
     for name in names:
         if name in given:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} does not go with {other}: {reason}")
+            raise UserError(f"{flag} cannot be used with {other}: {reason}")
 
 
 def only_settings(given: dict) -> dict:
@@ -441,7 +442,7 @@ def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, Dig
 def open_folder(run: Run, given: dict) -> None:
     """Lock the run's folder. Then load its run, or check that it holds none.
 
-    Lock first, then look: if two trainings start at the same moment, only one of them
+    Lock first, then look: if two runs start at the same moment, only one of them
     finds the folder empty.
     """
     run.lock = FolderLock(run.folder)
@@ -469,7 +470,7 @@ def begin(run: Run, train_set: DigitBatches) -> None:
     print(f"{network} in {config['precision']} on {config['hardware']}{note}")
     print(
         f"{len(train_set):,} images of {config['dataset']}, "
-        f"{config['effective_batch']} a step, learning rate {config['lr']:g}"
+        f"{config['effective_batch']} per step, learning rate {config['lr']:g}"
     )
     print(f"run folder: {run.folder}, epochs done: {len(run.history)}", flush=True)
 
@@ -491,7 +492,7 @@ def print_outro(run: Run) -> None:
 def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
         hint = "under torchrun, start train_ddp.py"
-        raise UserError(f"train_single.py is one process: {hint}")
+        raise UserError(f"train_single.py runs as one process: {hint}")
     given = vars(build_parser(__doc__).parse_args())
     config, folder = read_command(given, {"script": "single", "world_size": 1})
     device = torch.device(config["device"])
@@ -524,10 +525,10 @@ def make_network(config: dict) -> nn.Module:
 
 
 class FolderLock:
-    """A run folder belongs to one training at a time, until its process ends.
+    """A run folder belongs to one training run at a time, until its process ends.
 
     The kernel keeps the lock while the file .lock is open, so kill -9 releases it, too.
-    UserError if another training has the lock, or if the folder cannot be locked.
+    UserError if another training run has the lock, or if the folder cannot be locked.
     """
 
     def __init__(self, folder: Path):
@@ -541,7 +542,7 @@ class FolderLock:
             self.file_lock.acquire(blocking=False)
         except Timeout:
             hint = "wait for it, or start another run in another --run-dir"
-            raise UserError(f"another training is writing to {folder}: {hint}") from None
+            raise UserError(f"another training run is writing to {folder}: {hint}") from None
         except (OSError, NotImplementedError) as error:
             hint = "choose a --run-dir on another disk"
             raise UserError(f"{folder} cannot be locked ({error}): {hint}") from None
@@ -550,13 +551,14 @@ class FolderLock:
     def check(self) -> None:
         """UserError if our folder was moved or removed.
 
-        Another training may have made a new folder of the same name, and we must not
-        write into that. (samestat compares inode numbers, the file system's own name of
-        a file. It stays when the folder is moved, and no other file gets it meanwhile.)
+        Another training run may have made a new folder of the same name, and we must not
+        write into that. (samestat compares inode numbers, by which the file system knows
+        its files. A file keeps its number when the folder is moved, and no other file
+        gets it meanwhile.)
         """
         found = self.file.stat() if self.file.exists() else None
         if found is None or not os.path.samestat(found, self.file_identity):
-            text = f"{self.folder} was moved or removed while its run trained"
+            text = f"{self.folder} was moved or removed during training"
             hint = "nothing more was written; resume the run where it is now"
             raise UserError(f"{text}: {hint}")
 
@@ -564,7 +566,7 @@ class FolderLock:
 def write_file(path: Path, content: bytes) -> None:
     """Write, flush, rename: at any moment `path` has its old or its new content, whole.
 
-    For the file system a rename is one step. Writing into the file itself would destroy
+    For the file system a rename is atomic. Writing into the file itself would destroy
     the old checkpoint before the new one is complete: a full disk or a power failure in
     between would cost the run. Only one process may write a path at a time. In training,
     FolderLock ensures that.
@@ -642,7 +644,7 @@ def number_between(kind: type, low: float, high: float):
 
 
 def nonempty_path(text: str) -> str:
-    """A type for argparse: a path. ~ is expanded; in --data-dir=~/x the shell does not."""
+    """A type for argparse: a path. It expands ~: in --data-dir=~/x the shell does not."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
@@ -720,10 +722,10 @@ def flush_streams() -> None:
 
 
 def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
-    """Call main, then leave(code). A mistake of the user is one line and code 2.
+    """Call main, then leave(code). A user's mistake prints one line and gives code 2.
 
     A traceback means a bug, or that another rank died. If several processes find the
-    same mistake, one should print it: a `quiet` one waits 30 s before it prints.
+    same mistake, only one should print it: a `quiet` process waits 30 s before it does.
     """
     import signal
 
@@ -745,7 +747,7 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
         code = 2
         if quiet:
             # Usually torchrun kills this process meanwhile, because another one failed. If
-            # it is still alive afterwards, nobody else has found the mistake.
+            # it is still alive afterwards, no other process has found the mistake.
             time.sleep(30)
         with suppress(OSError):
             print(f"error: {mistake}", file=sys.stderr)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # One change at a time: AlexCapsNet on 20,000 digits for 3 epochs, nine rows with seeds 0, 1, 2.
 #
-#     bash results/ablation.sh [FLAGS]          FLAGS: for the training, as --data-dir FOLDER
+#     bash results/ablation.sh [FLAGS]          FLAGS: for training, such as --data-dir FOLDER
 #
-# An hour and a half on 2 CPU cores. It may be stopped and started again at any time: what is
-# finished is skipped, what is not is resumed. Then: python -m results.tables runs/ablation/*
+# It takes an hour and a half on 2 CPU cores. It may be stopped and started again at any time:
+# finished runs are skipped, unfinished runs are resumed.
+# Then: python -m results.tables runs/ablation/*
 set -euo pipefail
 rows=("baseline" "plain" "rotate-0 --rotate 0" "shift-2 --shift 2"
     "routing-1 --routing-iterations 1" "routing-2 --routing-iterations 2"

@@ -1,20 +1,21 @@
 """How fast this machine trains both networks, in four parts:
 
-    python -m results.benchmark                  all parts: ten minutes and more
-    python -m results.benchmark --only scaling   one part; the file's other parts stay
-    python -m results.benchmark --quick          tiny, in a minute, to see that it works;
-                                                 writes nothing unless you give --out
+    python -m results.benchmark                  all parts: ten minutes or more
+    python -m results.benchmark --only scaling   one part; the file keeps its other parts
+    python -m results.benchmark --quick          a one-minute trial with tiny sizes;
+                                                 nothing is written without --out
 
-    capsules   the digit capsules alone, beside the two formulations most often seen in
-               public code
+    capsules   the digit capsules alone, compared with the two formulations most often
+               seen in public code
     steps      a training step of both networks: float32, half precision, compiled
-    data       a batch from data.py, beside one made image by image with PIL
-    scaling    DDP on two CPU cores, each as a device, beside one process on one core
+    data       a batch from data.py, compared with one made image by image by PIL
+    scaling    DDP on two CPU cores, each used as a device, compared with one process on
+               one core
 
 It writes results/speed-cpu.json or speed-cuda.json; results.tables shows them. The
 machine must have nothing else to do. Contestants take turns, round after round, so a
 machine that slows down slows all of them alike. Figures are medians over the rounds.
-The images are noise: nothing here is faster or slower for a digit.
+The images are noise, because no speed here depends on what they show.
 """
 
 import argparse
@@ -49,7 +50,7 @@ D = 16  # numbers in each
 
 
 def race(contestants: dict, rounds: int, device: torch.device) -> dict:
-    """Median milliseconds of each contestant, a function without arguments.
+    """Median milliseconds of each contestant, which is a function without arguments.
 
     They take turns. A turn is three runs, of which the first is not counted: it finds
     the other contestants' data in the cache.
@@ -74,7 +75,7 @@ def milliseconds(run, device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """A GPU works behind the CPU's back: let it finish before we look at the clock."""
+    """A GPU works asynchronously: let it finish before we look at the clock."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -83,7 +84,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def route(votes: Tensor, iterations: int = 3) -> Tensor:
-    """Routing as most public code has it, each sum an einsum.
+    """Routing as in most public code: each sum is an einsum.
 
     Votes [B, N, J, D] -> digit capsules [B, J, D].
     """
@@ -95,14 +96,14 @@ def route(votes: Tensor, iterations: int = 3) -> Tensor:
 
 
 def tiled(u: Tensor, weight: Tensor) -> Tensor:
-    """The most frequent way: W [N, J, D, I] is copied once for each image."""
+    """The most common formulation: W [N, J, D, I] is copied once for each image."""
     tiles = weight.unsqueeze(0).repeat(len(u), 1, 1, 1, 1)  # [B, N, J, D, I]
     votes = torch.matmul(tiles, u[:, :, None, :, None])  # [B, N, J, D, 1]
     return route(votes.squeeze(4))
 
 
 def einsum(u: Tensor, weight: Tensor) -> Tensor:
-    """The shortest way: W [N, J, I, D] is used where it is."""
+    """The shortest formulation: W [N, J, I, D] is not copied."""
     return route(torch.einsum("bni,njid->bnjd", u, weight))
 
 
@@ -147,10 +148,10 @@ def formulations(batch_size: int, device, compiled: bool, n: int = N) -> dict:
 
 
 def check_same(found: dict) -> None:
-    """All formulations give the same capsules and gradients, or this raises.
+    """Raise an error unless all formulations give the same capsules and gradients.
 
-    In full float32: TF32's 10 bits of mantissa would let them differ by more than is
-    allowed here.
+    They run in full float32: with TF32's 10 bits of mantissa they would differ by more
+    than is allowed here.
     """
     torch.set_float32_matmul_precision("highest")
     for run in found.values():
@@ -162,9 +163,9 @@ def check_same(found: dict) -> None:
 def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
     """A row for each formulation; on the CPU with freed memory given back, then kept.
 
-    To give freed memory back to the kernel is how a process starts. To keep it
-    (train_single.keep_freed_memory) is how training runs. It cannot be undone, so this
-    part of the benchmark comes first.
+    A new process gives freed memory back to the kernel. Training keeps it
+    (train_single.keep_freed_memory). That cannot be undone, so this part of the
+    benchmark comes first.
     """
     batch_size = 2 if quick else 32
     rounds = 1 if quick else 12
@@ -193,7 +194,7 @@ def new_run(model: str, precision: str, compiled: bool, device: torch.device) ->
 
 
 def step_of(run: Run, forward: nn.Module, batch_size: int):
-    """-> step(), a training step of train_ddp.py on a batch of noise.
+    """Returns step(), a training step of train_ddp.py on a batch of noise.
 
     `forward` is run.model, or its DistributedDataParallel.
     """
@@ -279,12 +280,12 @@ def data_rows(device: torch.device, quick: bool) -> list[dict]:
 
 
 def contestants_of_scaling(network: str, precision: str, batch_size: int) -> dict:
-    """{name: (step, by how many processes)}.
+    """{name: (step, number of processes)}.
 
     one     one process trains, while the other one sleeps
     apart   two processes train a network each. They share nothing but the machine's
-            memory, so what they lose is the machine's doing.
-    ddp     two processes train one network. What they lose beyond that is the price of
+            memory, so any loss of speed is due to the machine.
+    ddp     two processes train one network. Any further loss is the cost of
             communication.
     """
     cpu = torch.device("cpu")
@@ -367,7 +368,7 @@ def hardware(device: torch.device) -> str:
     """What was measured: the processor's name and its cores, or the GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")  # Linux alone has it
+    info = Path("/proc/cpuinfo")  # only Linux has it
     text = info.read_text() if info.exists() else ""
     names = re.findall(r"model name\s*: (.+)", text)
     name = names[0] if names else platform.machine()
@@ -383,7 +384,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--only", choices=PARTS, help="measure one part")
     flag("--device", help="cpu or cuda (default: the GPU if there is one)")
-    flag("--quick", action="store_true", help="tiny and uncompiled, to try it out")
+    flag("--quick", action="store_true", help="tiny sizes, uncompiled, to try it out")
     flag("--out", type=Path, help="where to write (default: results/)")
     flags = parser.parse_args()
     try:
@@ -407,7 +408,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1) + "\n"
             train_single.write_file(file, text.encode())
-    # Imported here, since the two processes of scaling need no plots
+    # Imported here, because the two processes of scaling need no plots
     from results.tables import speed_text
 
     print(speed_text(result))

@@ -4,9 +4,9 @@
     python -m results.plain train_ddp.py --model plain-rescaps --seed 1
     python -m results.plain evaluate.py runs/plain-alexcaps-single
 
-The first two train with the scripts' own loop, data, seeds and flags. The third writes
-report.json. Squash, votes, routing and margin loss are left out. A linear layer and
-cross-entropy take their place.
+The first two commands train with the scripts' own loop, data, seeds and flags. The
+third writes report.json. Squash, votes, routing and margin loss are left out. A linear
+layer and cross-entropy take their place.
 """
 
 import json
@@ -25,11 +25,11 @@ from rescaps import ResCapsNet
 
 
 class WithoutCapsules(nn.Module):
-    """A base class that stands before a capsule network and takes the capsules from it.
+    """A base class, listed before a capsule network, that removes its capsules.
 
     The convolutions, including that of the primary capsules, are the network's own and
-    start with its own weights. ReLU replaces squash, a linear layer the digit capsules.
-    [B, 1, side, side] -> ten scores, the logits [B, 10].
+    start with its own weights. ReLU replaces squash, and a linear layer replaces the
+    digit capsules. [B, 1, side, side] -> ten scores, the logits [B, 10].
     """
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
@@ -67,7 +67,7 @@ NETWORKS = {"plain-alexcaps": PlainAlexNet, "plain-rescaps": PlainResNet}
 
 
 def write_report() -> None:
-    """Write report.json of the run that the command line names.
+    """Write report.json for the run that the command line names.
 
     It holds what evaluate.py's report holds, except for routing.
     """
@@ -85,7 +85,7 @@ def main() -> None:
     scripts = {"train_single.py": train_single.main, "train_ddp.py": train_ddp.main}
     scripts["evaluate.py"] = write_report
     if len(sys.argv) < 2 or sys.argv[1] not in scripts:
-        raise UserError(f"first name a script: {', '.join(scripts)}")
+        raise UserError(f"the script is missing: begin with one of {', '.join(scripts)}")
     train_single.MODELS.update(NETWORKS)
     scripts[sys.argv.pop(1)]()
 

@@ -6,7 +6,7 @@
 
 A capsule's LENGTH says how sure the network is that its digit is there. Its DIRECTION
 should say in which pose. A probe measures that: linear regression predicts the pose
-from the numbers of the true digit's capsule, one probe for each digit class.
+from the numbers of the true digit's capsule, with one probe for each digit class.
 
     slant    how far a digit leans to the right as it was written, in degrees
     stroke   how wide its strokes are, in pixels
@@ -14,15 +14,15 @@ from the numbers of the true digit's capsule, one probe for each digit class.
     right    the digits are moved by known distances, uniform in ±3 pixels
     down     the same, downwards
 
-R² is the share of a pose's variance within a class that the probe predicts: 1 is
-perfect, 0 is no better than the class mean. Half of the 10,000 test digits fit the
-probes, the other half judge them. Only digits that the network recognises count. A
-plain CNN and the pixels are probed in the same way, to compare.
+R² is the share of a pose's variance within a class that the probe explains: 1 is
+perfect, 0 is no better than the class mean. The probes are fitted on half of the 10,000
+test digits and evaluated on the other half. Only digits that the network recognises
+count. A plain CNN and the pixels are probed in the same way, for comparison.
 
 The measurements go to pose.json. The printed tables and sentences are made from it.
-knobs.png shows what the decoder redraws if the mean capsule of a class is moved along
-what goes with each pose. It is drawn by the decoder with the best validation accuracy.
-One run of AlexCapsNet takes about a minute on one CPU core.
+knobs.png shows what the decoder redraws if the mean capsule of a class is moved in the
+direction that goes with each pose. It is drawn by the decoder with the best validation
+accuracy. Probing a run of AlexCapsNet takes about a minute on one CPU core.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from results.claims import of_mean, over_seeds
 from train_single import MODELS, find_device, run_main, write_file
 
 HERE = Path(__file__).parent
-GIVEN = {"turn": 30.0, "right": 3.0, "down": 3.0}  # at most: degrees, pixels
-RIDGE = 1.0  # little beside the 500 digits that fit the probe of a class
+GIVEN = {"turn": 30.0, "right": 3.0, "down": 3.0}  # largest values: degrees, pixels
+RIDGE = 1.0  # small compared with the 500 digits on which a probe is fitted
 COMPONENTS = 16  # as many as a digit capsule has numbers
 BATCH = 250  # images at a time
 STEPS = 3  # drawn to either side of the mean capsule
@@ -101,7 +101,7 @@ def make_views(images: Tensor) -> list[View]:
 def slant(images: Tensor) -> Tensor:
     """How far digits [n, 28, 28] lean to the right, in degrees: [n].
 
-    By moments of the ink: regression of x on y says how far the digit is sheared.
+    From the moments of the ink: regression of x on y gives the shear of the digit.
     """
     ink = images.double()
     ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
@@ -116,13 +116,13 @@ def stroke_width(images: Tensor) -> Tensor:
     """How wide the strokes of digits [n, 28, 28] are, in pixels: [n].
 
     A stroke of length L and width w has an area of L w and a perimeter of 2 L, so w is
-    2 area / perimeter. The perimeter is the sum of the gradient's magnitude: on a way
-    across the edge, the brightness rises from 0 to 1. Below 2 pixels the result is too
-    large, since a stroke then has no pixel that is all ink.
+    2 area / perimeter. The perimeter is the sum of the gradient's magnitude, because
+    brightness rises from 0 to 1 across an edge. Below 2 pixels the result is too large,
+    because a stroke then has no pixel that is all ink.
     """
     ink = nn.functional.pad(images.double() / 255, (1, 1, 1, 1))
-    # Both diagonals of each 2x2 pixels. Differences to the right and down would measure
-    # strokes that lean to the left 10 % thinner than their mirror images.
+    # Take both diagonals of each 2x2 pixels. With differences to the right and down,
+    # strokes that lean to the left would seem 10 % thinner than their mirror images.
     falling = ink[:, 1:, 1:] - ink[:, :-1, :-1]
     rising = ink[:, :-1, 1:] - ink[:, 1:, :-1]
     gradient = torch.hypot(falling, rising) / math.sqrt(2)  # a diagonal has length √2
@@ -135,8 +135,8 @@ def stroke_width(images: Tensor) -> Tensor:
 def probe(features: Tensor, values: Tensor, labels: Tensor, fit: Tensor) -> float:
     """R² of a pose's values [n], predicted class by class from features [n, k].
 
-    The digits whose fit [n] is True fit the probes, the others judge them. The squares
-    of all classes are added up.
+    The probes are fitted on the digits whose `fit` [n] is True, and evaluated on the
+    others. Squares are summed over all classes.
     """
     errors = 0.0
     squares = 0.0
@@ -155,7 +155,7 @@ def probe(features: Tensor, values: Tensor, labels: Tensor, fit: Tensor) -> floa
 def standardise(x: Tensor, half: Tensor) -> Tensor:
     """Features [n, k] with mean 0 and standard deviation 1 in the rows of `half`.
 
-    More than COMPONENTS features become their first principal components there.
+    If there are more than COMPONENTS, their first principal components replace them.
     """
     x = x - x[half].mean(dim=0)
     if x.shape[1] > COMPONENTS:
@@ -165,7 +165,7 @@ def standardise(x: Tensor, half: Tensor) -> Tensor:
 
 
 def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
-    """The weights [k] that predict y [n] from x [n, k], both of mean 0."""
+    """The weights [k] that predict y [n] from x [n, k], both with mean 0."""
     #   w = (x^T x + RIDGE I)^-1 x^T y
     penalty = RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
     return torch.linalg.solve(x.T @ x + penalty, x.T @ y)
@@ -178,7 +178,7 @@ def ridge_regression(x: Tensor, y: Tensor) -> Tensor:
 def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tensor]:
     """What a probe may see, {name: [n, k]}, and which digits are recognised: [n].
 
-    Without a model (None) a probe may see the pixels, and all digits are recognised.
+    Without a model (None) a probe sees the pixels, and all digits count as recognised.
     """
     everything = torch.arange(len(labels))
     if model is None:
@@ -210,12 +210,12 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
 
 
 def measure(title, model, images: Tensor, labels: Tensor) -> dict:
-    """Accuracy in percent and digits used by view, R² by feature and pose.
+    """Accuracy in percent and digits used for each view, R² for each feature and pose.
 
     UserError, with the title, if the network hardly recognises a class.
     """
-    # MNIST's test digits do not lie in random order, so the halves are drawn. They are
-    # the same for all networks.
+    # MNIST's test digits are not in random order, so the halves are drawn at random.
+    # They are the same for all networks.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     fit = torch.zeros(len(labels), dtype=torch.bool)
     fit[order[: len(labels) // 2]] = True
@@ -253,9 +253,9 @@ def identify(run: dict) -> dict:
 
 
 def pool(measured: list[dict]) -> list[dict]:
-    """Runs -> one entry for all runs that differ only by their seed.
+    """Runs -> one entry for all runs that differ only in their seed.
 
-    In place of each R² an entry has a summary of all seeds.
+    Instead of each R², an entry has a summary of all seeds.
     """
     groups = defaultdict(list)
     for found in measured:
@@ -284,7 +284,7 @@ def summary(values: list[float]) -> dict:
 
 
 def difference(first: dict, second: dict) -> dict:
-    """Of two summaries: the first mean minus the second, and its 95 % interval."""
+    """The first summary's mean minus the second's, and its 95 % interval."""
     gap = first["mean"] - second["mean"]
     interval = None
     if first["n"] + second["n"] > 2:
@@ -296,7 +296,7 @@ def difference(first: dict, second: dict) -> dict:
 def trained_alike(pose: dict) -> dict:
     """The networks that were trained alike, {part: entry}, and the pixels.
 
-    Only these can be compared. If there are several such groups, it is the largest.
+    Only these can be compared. If there are several such groups, take the largest.
     """
     groups = defaultdict(dict)
     for entry in pose["networks"]:
@@ -372,14 +372,14 @@ def finding(pose: dict) -> str:
             least = min(means, key=means.get)
             most = max(means, key=means.get)
             span = f"{means[least]:.2f} ({least}) to {means[most]:.2f} ({most})"
-            lines.append(f"{part}: from the {feature}, R² is {span}.")
+            lines.append(f"{part}: with the {feature}, R² ranges from {span}.")
     for title, found in differences(pose).items():
         intervals = {name: gap["interval"] for name, gap in found.items() if gap["interval"]}
         more = [name for name, (low, _) in intervals.items() if low > 0]
         less = [name for name, (_, high) in intervals.items() if high < 0]
-        text = f"more in {', '.join(more) or 'nothing'}, less in {', '.join(less) or 'nothing'}"
+        text = f"higher for {', '.join(more) or 'none'}, lower for {', '.join(less) or 'none'}"
         if intervals:
-            lines.append(f"{title}: {text}, else undecided.")
+            lines.append(f"{title}: R² is {text}, otherwise undecided.")
     return "\n".join(lines)
 
 
@@ -388,7 +388,7 @@ def finding(pose: dict) -> str:
 
 @torch.inference_mode()
 def turn_knobs(model, images: Tensor, digit: int) -> dict:
-    """Move the mean capsule of a class along what goes with each pose, and redraw it.
+    """Move the mean capsule of a class in each pose's direction, and redraw it.
 
     Images uint8 [n, 28, 28], all of class `digit` -> {pose: (values [7], pictures
     [7, 28, 28] in 0..1)}.
@@ -415,7 +415,7 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
 
 
 def knob_values(name: str, found: Tensor) -> Tensor:
-    """Seven values of a pose to draw, in equal steps, if the digits have `found` [n]."""
+    """Seven evenly spaced values of a pose to draw, for digits whose values are `found`."""
     steps = torch.arange(-STEPS, STEPS + 1) / STEPS  # -1..1
     if name in GIVEN:
         return GIVEN[name] * steps
@@ -433,7 +433,7 @@ def redraw(model, capsules: Tensor, digit: int) -> Tensor:
 
 
 def draw_knobs(drawn: dict, title: str, file: Path) -> None:
-    """One row for each pose, its values above the pictures; framed: the mean capsule."""
+    """Draw a row of pictures for each pose. The mean capsule's picture is framed."""
     figure, axes = plt.subplots(len(FORMATS), 2 * STEPS + 1, figsize=(14, 12))
     for row, (name, form) in zip(axes, FORMATS.items(), strict=True):
         values, pictures = drawn[name]
@@ -456,13 +456,13 @@ def read_runs(folders: list[Path]) -> list[dict]:
     for run in runs:
         folder = run["folder"]
         if not (folder / "best.pt").exists():
-            raise UserError(f"{folder} has no best.pt: only weights can be probed")
+            raise UserError(f"{folder} has no best.pt: give a run that has its weights")
         if run["config"]["dataset"] != "mnist":
-            raise UserError(f"{folder} is not of MNIST: train with --dataset mnist")
+            raise UserError(f"{folder} was not trained on MNIST: train with --dataset mnist")
         name = (evaluate.describe(run), run["config"]["seed"])
         if name in seen:
             hint = "leave one out"
-            raise UserError(f"{folder} has settings and seed of another run: {hint}")
+            raise UserError(f"{folder} has the settings and seed of another run: {hint}")
         seen.add(name)
     return runs
 
@@ -475,8 +475,8 @@ def main() -> None:
     )
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with best.pt")
-    flag("--digit", type=int, choices=range(10), default=4, help="the one in knobs.png")
-    flag("--data-dir", metavar="DIR", help="holds MNIST/raw; else as in training")
+    flag("--digit", type=int, choices=range(10), default=4, help="the digit that knobs.png shows")
+    flag("--data-dir", metavar="DIR", help="holds MNIST/raw; without it, as in training")
     flag("--out", type=Path, default=HERE, metavar="DIR", help="where to write")
     args = parser.parse_args()
     MODELS.update(plain.NETWORKS)
@@ -491,7 +491,7 @@ def main() -> None:
     measured = [pixels | measure("the pixels", None, images, labels)]
     for run in runs:
         found = measure(run["folder"], run["network"], images, labels)
-        print(f"{run['folder']}: accuracy in % {found['accuracy']}", flush=True)
+        print(f"{run['folder']}: accuracy in %: {found['accuracy']}", flush=True)
         measured.append(identify(run) | found)
     pose = {"test_images": len(labels), "ridge": RIDGE, "networks": pool(measured)}
     write_file(args.out / "pose.json", f"{json.dumps(pose, indent=1)}\n".encode())

@@ -2,10 +2,10 @@
 # Three networks with seeds 0, 1, 2, on 20,000 digits for 5 epochs; then results/pose.py probes
 # what each of them knows of a digit's pose.
 #
-#     bash results/pose.sh [FLAGS]              FLAGS: for the training, as --data-dir FOLDER
+#     bash results/pose.sh [FLAGS]              FLAGS: for training, such as --data-dir FOLDER
 #
-# About an hour on 2 CPU cores. It may be stopped and started again at any time: what is finished is
-# kept, what is not is resumed.
+# It takes about an hour on 2 CPU cores. It may be stopped and started again at any time: finished
+# runs are kept, unfinished runs are resumed.
 set -euo pipefail
 rows=("baseline" "decoder --reconstruction 20" "plain")
 for seed in 0 1 2; do

@@ -1,19 +1,19 @@
 """Keep runs in results/, and write every table and picture that shows what is kept.
 
-    python -m results.tables                              write all again, from results/
+    python -m results.tables                              rewrite everything from results/
     python -m results.tables runs/alexcaps-single ...     keep these runs first
     python -m results.tables runs/ablation/*              (kept in results/ablation/)
 
 Run evaluate.py on a run before you keep it. Runs whose folders differ only in -seedN
-are one row. The runs of a GPU have rows of their own, NAME-cuda: TF32 and float16 are
-other settings than the CPU's. What is written:
+share a row. Runs on a GPU have rows of their own, NAME-cuda, because TF32 and float16
+are not the CPU's settings. The script writes:
 
     README.md, results/README.md   tables, from <!-- results: NAME --> to <!-- end -->
     comparison.md, .csv, .png      the report's four setups, on the CPU
     NAME/*.png                     pictures of each run that has its lengths.npy here
-    DECODER/weights.pt             the only weights that are kept, half as large: float16
+    DECODER/weights.pt             the only weights that are kept, in float16
 
-How the report is judged is in claims.py. Read that first. Then downwards:
+claims.py says how the report is judged. Read it first, then this file downwards:
     1. how a figure is written
     2. the tables
     3. the two pages
@@ -56,11 +56,11 @@ REPORT = {
     "rescaps-ddp": (97.86, 10),
 }
 DECODER = "alexcaps-ddp-reconstruction"  # the run whose weights are kept
-# The accuracies that the ablation's tables show, with the images that each one counts
+# The accuracies in the ablation's tables, and the number of images behind each
 ACCURACIES = {
     "val_accuracy": VALIDATION_IMAGES,
     "accuracy": TEST_IMAGES,
-    "turned_15": 2_000,  # 1,000 turned to either side
+    "turned_15": 2_000,  # 1,000 turned each way
     "turned_30": 2_000,
     "turned_45": 2_000,
 }
@@ -69,7 +69,7 @@ ACCURACIES = {
 
 
 def format_number(x: float) -> str:
-    """Four digits, or all before the decimal point: "0.1235", "1,234,568"."""
+    """Four significant digits, or all before the decimal point: "0.1235", "1,234,568"."""
     if abs(x) >= 1000:
         return f"{x:,.0f}"
     return f"{x:.4g}"
@@ -119,15 +119,15 @@ def headline(kept: dict[str, dict]) -> str:
             "network": MODELS[network].__name__,
             "trained by": f"train_{script}.py",
             "the report, %": f"{accuracy:.2f}",
-            "its epochs": epochs,
+            "report's epochs": epochs,
             "**ours, %**": "",
-            "epochs": "",
+            "our epochs": "",
             "n": 0,
         }
         if setup in kept:
             ours = kept[setup]
             row["**ours, %**"] = mean_and_deviation(ours, "accuracy")
-            row["epochs"] = ours["epochs"]
+            row["our epochs"] = ours["epochs"]
             row["n"] = ours["n"]
         rows.append(row)
     return table(rows)
@@ -151,10 +151,10 @@ def run_table(kept: dict[str, dict]) -> str:
             "validation, %": mean_and_deviation(row, "val_accuracy"),
             "**test, %**": mean_and_deviation(row, "accuracy"),
             "95 %": f"{low:.2f} to {high:.2f}",
-            "MFLOPs an image": row["flops_per_image"] / 1e6,
+            "MFLOPs per image": row["flops_per_image"] / 1e6,
             "processes": row["world_size"],
             "hardware": row["hardware"],
-            "seconds an epoch": row["seconds"],
+            "seconds per epoch": row["seconds"],
             "parameters": f"{row['parameters']:,}",
         }
         rows.append(cells)
@@ -180,7 +180,7 @@ def claim_row(claim: Claim) -> dict:
     short = claim_figure(claim, claim.deciding) if claim.deciding else ""
     counts = [estimate.n for estimate in claim.estimates if estimate.n]
     if len(set(counts)) == 1:
-        counts = counts[:1]  # the same for all: said once
+        counts = counts[:1]  # the same for all: given once
     return {
         "the report says": claim.report_says,
         "metric": claim.metric,
@@ -200,7 +200,7 @@ def claim_table(claims: list[Claim]) -> str:
 
 
 def short_claim_table(claims: list[Claim]) -> str:
-    """One figure of each claim, the first that decides, for README.md."""
+    """The first figure that decides each claim, for README.md."""
     rows = [claim_row(claim) for claim in claims]
     for row in rows:
         row["measured"] = row["short"]
@@ -256,7 +256,7 @@ def difference_table(kept: dict[str, dict]) -> str:
 
 
 def full_length_tables(kept: dict[str, dict]) -> str:
-    """For each setup of the report: its variants' accuracies minus its own.
+    """A table for each setup of the report: its variants' accuracies minus its own.
 
     The variants of alexcaps-ddp are plain-alexcaps-ddp, alexcaps-ddp-shift, ...
     """
@@ -298,13 +298,13 @@ def speed_text(speed: dict) -> str:
 
 
 def first_epoch_with(accuracy: float, run: dict) -> int:
-    """The first epoch whose validation accuracy is at least so high, in percent."""
+    """The first epoch that reaches this validation accuracy, in percent."""
     return min(e["epoch"] for e in run["history"] if e["val_accuracy"] >= accuracy)
 
 
 def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
-    """How long the report's code and ours take until they reach an accuracy."""
-    ms = {}  # of a step in our code; theirs and ours were measured in turns
+    """How long the report's code and ours take to reach an accuracy."""
+    ms = {}  # per step of our code; the report's code and ours took turns
     for row in report_code["rows"]:
         if row["setting"] == "fp32":
             ms[row["part"]] = row["ms"]
@@ -313,12 +313,12 @@ def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
         runs = kept[row["ours"]]["runs"]
         epochs = [first_epoch_with(row["accuracy, %"], run) for run in runs]
         seconds_a_step = ms[f"{row['network']}, step with its data"] / 1000
-        seconds_an_epoch = seconds_a_step * 55_000 / 32  # images / batch: steps
+        seconds_an_epoch = seconds_a_step * 55_000 / 32  # images / batch = steps
         seconds = mean(epochs) * seconds_an_epoch
         cells = {
             "our epochs": ", ".join(map(str, epochs)),
             "our seconds": seconds,
-            "times sooner": row["its seconds"] / seconds,
+            "speed-up": row["report's seconds"] / seconds,
         }
         rows.append(row | cells)
     return table(rows)
@@ -399,12 +399,12 @@ def place(run: dict, overwrite: bool) -> Path:
     """The folder in which a run will be kept. UserError if it may not be kept."""
     folder = run["folder"].absolute()
     if not re.fullmatch(r"\w[\w.-]*", folder.name) or folder.name == "ablation":
-        hint = "give its folder a name of letters, digits, points and hyphens"
+        hint = "give its folder a name of letters, digits, dots and hyphens"
         raise UserError(f"{str(folder)!r} cannot be kept under its name: {hint}")
     config = run["config"]
     finished = len(run["history"]) == config["epochs"]
     if config["dataset"] != "mnist" or not finished or not run["report"]:
-        reason = "not of MNIST, not finished, or not evaluated"
+        reason = "not an MNIST run, not finished, or not evaluated"
         hint = "finish it, then run evaluate.py on it"
         raise UserError(f"{folder} is {reason}: {hint}")
     target = target_folder(folder, config["device"])
@@ -413,7 +413,7 @@ def place(run: dict, overwrite: bool) -> Path:
         for size in ("epochs", "train_images"):
             if config[size] < before[size]:
                 hint = "--overwrite replaces it"
-                raise UserError(f"{target} is longer or larger than {folder}: {hint}")
+                raise UserError(f"{target} has more epochs or images than {folder}: {hint}")
     return target
 
 
@@ -431,7 +431,7 @@ def target_folder(folder: Path, device: str) -> Path:
 
 
 def keep(run: dict, target: Path) -> None:
-    """Copy what stays of a run, without the path of its data.
+    """Copy the files of a run that are kept, without the path of its data.
 
     UserError, before anything is written, if it is DECODER and has no weights.
     """
@@ -481,8 +481,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
-    flag("runs", nargs="*", type=Path, metavar="RUN", help="keep this run first")
-    flag("--overwrite", action="store_true", help="replace longer kept runs, too")
+    flag("runs", nargs="*", type=Path, metavar="RUN", help="a run to add to results/ first")
+    flag("--overwrite", action="store_true", help="replace kept runs even if they are longer")
     flag("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
     flags = parser.parse_args()
     MODELS.update(plain.NETWORKS)  # their runs are kept, too

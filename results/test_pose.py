@@ -236,7 +236,7 @@ def test_seeds_are_pooled_with_their_intervals():
     assert gaps["turn"]["mean"] == pytest.approx(0.4)
     assert gaps["turn"]["interval"] == pytest.approx(list(theirs))
     text = pose.finding(found)
-    assert f"{title}: more in slant, stroke, turn, right, down, less in nothing" in text
+    assert f"{title}: R² is higher for slant, stroke, turn, right, down, lower for none" in text
     assert "0.40" not in pose.short_table(found)  # trained for longer: not comparable
 
 
@@ -245,7 +245,7 @@ def test_seeds_are_pooled_with_their_intervals():
     [
         ({}, None, "has no best.pt"),
         ({}, b"", "is damaged"),
-        ({"dataset": "digits"}, b"", "is not of MNIST"),
+        ({"dataset": "digits"}, b"", "was not trained on MNIST"),
     ],
 )
 def test_a_wrong_run_is_one_line(changes, best, words, tmp_path, monkeypatch):

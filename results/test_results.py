@@ -127,7 +127,7 @@ def test_a_plain_network_has_no_decoder(tmp_path):
 
 
 def test_plain_names_its_scripts():
-    assert_one_line(call(plain, *ALEX), "first name a script", "train_ddp.py")
+    assert_one_line(call(plain, *ALEX), "the script is missing", "train_ddp.py")
 
 
 # -- claims.py -----------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_a_kept_run_is_not_replaced_by_a_lesser_one(lesser, empty_results, tmp_p
 @pytest.mark.parametrize("change", [{"dataset": "digits"}, {"epochs": 30}])
 def test_only_finished_runs_of_mnist_are_kept(change, empty_results, tmp_path):
     run = run_to_keep(tmp_path / "run", **change)  # it has 20 epochs
-    with pytest.raises(data.UserError, match="not of MNIST, not finished"):
+    with pytest.raises(data.UserError, match="not an MNIST run, not finished"):
         keep(run)
     assert not empty_results.exists()
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The twelve runs behind the headline: both networks, trained by both scripts, with seeds 0, 1, 2.
 #
-#     bash results/train_all.sh [FLAGS]         FLAGS: for the training, as --data-dir FOLDER
+#     bash results/train_all.sh [FLAGS]         FLAGS: for training, such as --data-dir FOLDER
 #
-# Thirteen hours on 2 CPU cores. It may be stopped and started again at any time: what is finished
-# is skipped, what is not is resumed. Then: python -m results.tables runs/*caps-*
+# It takes thirteen hours on 2 CPU cores. It may be stopped and started again at any time: finished
+# runs are skipped, unfinished runs are resumed. Then: python -m results.tables runs/*caps-*
 set -euo pipefail
 for run in rescaps-single alexcaps-single{,-seed1,-seed2} alexcaps-ddp{,-seed1,-seed2} \
     rescaps-ddp{,-seed1,-seed2} rescaps-single-seed1 rescaps-single-seed2; do
