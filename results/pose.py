@@ -455,8 +455,8 @@ def read_runs(folders: list[Path]) -> list[dict]:
     seen = set()
     for run in runs:
         folder = run["folder"]
-        if not (folder / "best.pt").exists():
-            raise UserError(f"{folder} has no best.pt: give a run that has its weights")
+        if evaluate.weights_file(run) is None:
+            raise UserError(f"{folder} has no weights: give a run with best.pt or weights.pt")
         if run["config"]["dataset"] != "mnist":
             raise UserError(f"{folder} was not trained on MNIST: train with --dataset mnist")
         name = (evaluate.describe(run), run["config"]["seed"])
@@ -474,7 +474,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
-    flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with best.pt")
+    flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with weights")
     flag("--digit", type=int, choices=range(10), default=4, help="the digit that knobs.png shows")
     flag("--data-dir", metavar="DIR", help="holds MNIST/raw; without it, as in training")
     flag("--out", type=Path, default=HERE, metavar="DIR", help="where to write")

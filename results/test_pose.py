@@ -243,7 +243,7 @@ def test_seeds_are_pooled_with_their_intervals():
 @pytest.mark.parametrize(
     "changes, best, words",
     [
-        ({}, None, "has no best.pt"),
+        ({}, None, "has no weights"),
         ({}, b"", "is damaged"),
         ({"dataset": "digits"}, b"", "was not trained on MNIST"),
     ],
