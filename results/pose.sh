@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Three networks with seeds 0, 1, 2, on 20,000 digits for 5 epochs; then results/pose.py probes
+# Three networks with seeds 0, 1, 2, on 20,000 digits for 3 epochs; then results/pose.py probes
 # what each of them knows of a digit's pose.
 #
 #     bash results/pose.sh [FLAGS]              FLAGS: for training, such as --data-dir FOLDER
@@ -17,7 +17,7 @@ for seed in 0 1 2; do
         if [ -e "$run/last.pt" ]; then
             $python train_ddp.py --resume "$run"
         else
-            $python train_ddp.py --model $model --dataset mnist --train-size 20000 --epochs 5 \
+            $python train_ddp.py --model $model --dataset mnist --train-size 20000 --epochs 3 \
                 --seed $seed $flags --run-dir "$run" "$@"
         fi
     done

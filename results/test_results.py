@@ -505,6 +505,24 @@ def test_readme_quotes_the_code():
         assert code in inspect.getsource(function), (name, code)
 
 
+def test_readme_counts_the_lines_of_files():
+    """Roughly: a count may be off by a tenth."""
+    found = re.findall(r"^\| (\[.+\)) \| ([\d, and]+) \|", README, re.MULTILINE)
+    assert len(found) > 5
+    for files, counts in found:
+        names = re.findall(r"\]\((.+?)\)", files)
+        for name, count in zip(names, counts.split(" and "), strict=True):
+            lines = len((ROOT / name).read_text().splitlines())
+            assert int(count.replace(",", "")) == pytest.approx(lines, rel=0.1), name
+
+
+def test_the_readmes_program_learns(capsys):
+    program = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)[0]
+    exec(program, {})
+    accuracy = re.fullmatch(r"test accuracy (0\.\d+)\n", capsys.readouterr().out)
+    assert float(accuracy[1]) >= 0.95
+
+
 def test_readme_marks_and_links_exist():
     for link in re.findall(r"\]\(([^)#:]+)[)#]", README):
         assert (ROOT / link).exists(), link
