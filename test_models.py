@@ -1827,7 +1827,8 @@ def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
     assert_one_line(evaluated(run, run), "given twice")
     with open(run / "metrics.csv", "a") as file:
         file.write("3,0.1,99,0.1,99.9,0.001,1\n")  # best.pt is no longer of the best epoch
-    assert_one_line(evaluated(run), "not of the best epoch", "resume the run first")
+    words = "does not match metrics.csv's best epoch"
+    assert_one_line(evaluated(run), words, "resume the run first")
     hint = f"evaluate.py {run}"
     assert_one_line(evaluated(run, reported[0]), "no report of its best epoch", hint)
 
