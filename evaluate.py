@@ -1,15 +1,15 @@
-"""Evaluate runs: the figures of a report, and pictures. Always in float32.
+"""Evaluate runs: compute the figures of a report and draw pictures, always in float32.
 
     python evaluate.py runs/alexcaps-single                       a report
     python evaluate.py runs/alexcaps-single runs/rescaps-single   a comparison
-    python evaluate.py runs/alexcaps-single --image photo.jpg     own digits
+    python evaluate.py runs/alexcaps-single --image photo.jpg     your own digits
 
 A report goes to the run's folder. On 2 CPU cores, MNIST takes half a minute to a few
 minutes. A comparison goes to runs/comparison, and needs the reports of its runs.
 
 An archived run, as in results/, has no best.pt. Its pictures are redrawn from its
 report.json and lengths.npy, and go to runs/<name>-evaluated: the archive stays as it
-is. If it has weights.pt, it can also read your own digits.
+is. If it has weights.pt, its network can also read your own digits.
 
 Read it downwards:
     1. one run: its figures
@@ -29,8 +29,8 @@ import os
 import zipfile
 from pathlib import Path
 
-# The pictures do not depend on the user's settings of matplotlib. MPLBACKEND must go
-# before the import, which refuses a backend that it does not know.
+# The pictures do not depend on the user's settings of matplotlib. MPLBACKEND is removed
+# before the import, which would fail for an unknown backend.
 os.environ.pop("MPLBACKEND", None)
 import matplotlib
 
@@ -53,13 +53,13 @@ BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
 ROTATED = 100  # test digits of each class for rotation.png, always the first ones
 ROUTED = 20  # test digits of each class whose couplings are averaged for routing.png
-EDGES = np.linspace(0, 1, 201)  # of the 200 bins in a histogram of couplings
+EDGES = np.linspace(0, 1, 201)  # the edges of 200 bins, for histograms of couplings
 
 # -- 1. One run: its figures -------------------------------------------------------
 
 
 def wilson(correct: float, n: int) -> tuple[float, float]:
-    """The 95 % interval, in percent, of an accuracy of `correct` in n images.
+    """The 95 % confidence interval, in percent, of the accuracy: `correct` of n images.
 
     The usual p ± z sqrt(p (1 - p) / n) fails near 100 %: at p = 1 it has no width.
     """
@@ -79,7 +79,7 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     """Indices of the first `count` digits of each class: the 0s, then the 1s, ...
 
-    If a class has fewer, all classes get as few.
+    If a class has fewer, every class gets that smaller number.
     """
     rarest = int(labels.bincount(minlength=10).min())
     count = min(count, rarest)
@@ -140,7 +140,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
-    """Accuracy in percent at each of the ANGLES, always of the same digits."""
+    """Accuracy in percent at each of the ANGLES, always on the same digits."""
     chosen = first_of_each_class(labels, ROTATED)
     accuracy = {}
     for angle in ANGLES:
@@ -165,7 +165,7 @@ def all_couplings(model, images: Tensor) -> Tensor:
 def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
     """What routing.png shows of the couplings c.
 
-    The images come class by class, equally many of each.
+    The images must come class by class, the same number of each.
     """
     n = len(labels)
     c = all_couplings(model, images)  # [T, n, J, N]
@@ -173,13 +173,13 @@ def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
     at_the_end = to_true[-1]  # [n, N]: after the last iteration
     is_other = labels.unsqueeze(1) != torch.arange(10)  # [n, J]
     to_others = c[-1, is_other]  # [9n, N]
-    # WHERE do capsules turn to the true digit? The mean over the images of a class and
+    # WHERE do capsules turn to the true digit? Average over the images of a class and
     # over the capsules at a place. (Primary capsules are ordered by place first.)
     places = model.map_side**2
     # [n, N] -> [10, n/10, places, types] -> [10, places]
     maps = at_the_end.view(10, n // 10, places, -1)
     maps = maps.double().mean(dim=(1, 3))
-    # HOW MANY do? Two histograms: couplings to the true digit, and to the nine others.
+    # HOW MANY do? Make two histograms: couplings to the true digit and to the others.
     histograms = []
     for part in (at_the_end, to_others):
         counts, _ = np.histogram(part, EDGES)
@@ -192,9 +192,9 @@ def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
 
 
 def count_flops(model: nn.Module) -> int:
-    """The operations of one image's forward pass, in convolutions and matrix products.
+    """The FLOPs of one image's forward pass, in convolutions and matrix products.
 
-    x * y + z counts as 2.
+    A multiply-add, x * y + z, counts as 2.
     """
     image = torch.zeros(1, 28, 28, dtype=torch.uint8, device=device_of(model))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -205,7 +205,7 @@ def count_flops(model: nn.Module) -> int:
 def measure(run: dict, model, images: Tensor, labels: Tensor) -> tuple:
     """The figures for report.json, and the class scores [n, 10] of the test digits.
 
-    For any network: routing_summary adds the figures that only capsules have.
+    It works for any network. routing_summary adds the figures that only capsules have.
     """
     scores = predict(model, images).numpy()
     report = {
@@ -242,15 +242,15 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 
 # -- 2. Several runs ---------------------------------------------------------------
 
-# settings_in_words has words of its own for these settings.
+# settings_in_words describes each of these settings in words of its own.
 IN_WORDS = ("model", "dataset", "script", "precision", "world_size", "epochs", "device")
-# These do not change the experiment, or show in the number of training images.
+# These either do not change the experiment or show in the number of training images.
 LEFT_OUT = ("data_dir", "train_size", "seed", "dry_run")
 # Every other setting is described only if it differs from its default.
 USUAL = train_single.DEFAULTS.copy()
 for setting in (*IN_WORDS, *LEFT_OUT):
     USUAL.pop(setting, None)
-# The settings in a comparison's table; those in USUAL follow.
+# The first settings in comparison.csv; those in USUAL follow them.
 COLUMNS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
 ALL_OF_MNIST = 60_000 - VALIDATION_SIZE["mnist"]  # training images
 
@@ -264,7 +264,7 @@ def describe(run: dict) -> str:
 
 
 def settings_in_words(run: dict) -> dict[str, str]:
-    """The parts of a description: {setting: words}, "" if it is as usual."""
+    """The parts of a description: {setting: words}, with "" for a usual value."""
     config = run["config"]
     words = {"model": MODELS[config["model"]].__name__}
     processes = config["world_size"]
@@ -303,13 +303,13 @@ def join(words) -> str:
 
 
 def at_angles(report: dict) -> list[float]:
-    """The accuracies on turned digits in a report, in the order of ANGLES."""
+    """A report's accuracies on turned digits, in the order of ANGLES."""
     accuracy = report["rotation"]["accuracy"]
     return [accuracy[str(angle)] for angle in ANGLES]
 
 
 def make_rows(runs: list[dict]) -> list[dict]:
-    """Runs with their reports -> one row for those that differ only in their seed."""
+    """Runs with reports -> rows. Runs that differ only in their seed share a row."""
     groups = {}
     for run in runs:
         groups.setdefault(describe(run), []).append(run)
@@ -320,13 +320,14 @@ def make_rows(runs: list[dict]) -> list[dict]:
 def make_row(name: str, group: list[dict]) -> dict:
     """A row of comparison.csv, from runs that differ only in their seed.
 
-    Of each figure it has the mean, NAME, and the standard deviation, NAME_std (None for
-    one run). Its "runs" and "values" are not written: all runs, and all their figures.
+    For each figure, NAME holds the mean, and NAME_std the standard deviation (None for
+    one run). "runs" holds the runs, and "values" their figures: neither is written.
     """
     seeds = {run["config"]["seed"] for run in group}
     if len(seeds) < len(group):
         folder = group[-1]["folder"]
-        raise UserError(f"{folder} has settings and seed of another run: leave one out")
+        text = "has the same settings and seed as another run: leave one out"
+        raise UserError(f"{folder} {text}")
     row = {"name": name, "n": len(group), "runs": group}
     for setting in (*COLUMNS, *USUAL):
         row[setting] = group[0]["config"][setting]
@@ -350,7 +351,7 @@ def fastest_epoch(run: dict) -> float:
 
 
 def figures_of(group: list[dict]) -> dict[str, list[float]]:
-    """What is averaged over seeds: of each figure a list, in the order of the runs."""
+    """What is averaged over seeds: {figure: its values, in the order of the runs}."""
     reports = [run["report"] for run in group]
     figures = {
         "accuracy": [report["accuracy"] for report in reports],
@@ -365,7 +366,7 @@ def figures_of(group: list[dict]) -> dict[str, list[float]]:
 
 
 def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
-    """The words that all rows have in common, and a name of each row without them."""
+    """The words that all rows have in common, and a name for each row without them."""
     wordings = [settings_in_words(row["runs"][0]) for row in rows]
     common = {}
     if len(rows) > 1:
@@ -392,7 +393,7 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def comparison_text(rows: list[dict]) -> str:
-    """comparison.md. What all rows have in common stands above the table."""
+    """The text of comparison.md. What all rows have in common is above the table."""
     n = rows[0]["test_images"]
     common, names = short_names(rows)
     lines = []
@@ -407,16 +408,16 @@ def comparison_text(rows: list[dict]) -> str:
     return (
         f"Accuracy on {n:,} test images: {title}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
-        "n runs that differ only in their seed: mean ± standard deviation; "
-        "95 %: the interval\nthat the images alone leave open; "
-        "s/epoch: training alone, the fastest epoch\n"
+        "test: mean ± standard deviation of n runs that differ only in their seed\n"
+        "95 %: the confidence interval over images; it says nothing about other seeds\n"
+        "s/epoch: the training time of the fastest epoch, in seconds\n"
     )
 
 
 # -- 3. The pictures ---------------------------------------------------------------
 
-# Sized for a slide. Colour-blind readers can tell these colours apart: they are Okabe
-# and Ito's, without their yellow, which is too pale for lines on white.
+# The pictures fit a slide. Colour-blind readers can tell these colours apart: they are
+# Okabe and Ito's, without their yellow, which is too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 BLUE = COLOURS[0]
 RED = COLOURS[1]
@@ -435,13 +436,13 @@ def save(figure, text: str, file: Path) -> None:
     """Give the figure its title and write it: a whole picture, or none."""
     figure.suptitle(text)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)  # pixels an inch
+    figure.savefig(picture, format="png", dpi=100)  # pixels per inch
     plt.close(figure)  # pyplot would keep it
     write_file(file, picture.getvalue())
 
 
 def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path, plain=None):
-    """All pictures of a run that need its report and its lengths, but no weights.
+    """Save the pictures of a run that need its report and its lengths, but no weights.
 
     Lengths are an array [n, 10], images uint8 [n, 28, 28], labels [n]. `plain`: see
     draw_rotation.
@@ -456,7 +457,7 @@ def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path,
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
     }
     network = MODELS[run["config"]["model"]]
-    if "coupling_maps" in report:  # not of a plain network
+    if "coupling_maps" in report:  # a plain network has none
         if network.place_width is None:  # its capsules see nearly the whole image
             pictures["routing"] = draw_coupling_histograms(report)
         else:
@@ -466,7 +467,7 @@ def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path,
 
 
 def save_decoder_pictures(run: dict, model, lengths, images: Tensor, labels: Tensor, out: Path):
-    """The pictures that the model's decoder draws."""
+    """Save the pictures that the model's decoder draws."""
     pictures = {
         "reconstructions": draw_reconstructions(model, lengths, images, labels),
         "perturbations": draw_perturbations(model, images, labels),
@@ -475,15 +476,15 @@ def save_decoder_pictures(run: dict, model, lengths, images: Tensor, labels: Ten
 
 
 def save_all(run: dict, pictures: dict, out: Path) -> None:
-    """Write pictures {name: (figure, title)}, each also with the run's description."""
+    """Write pictures {name: (figure, title)}. The run's description goes first."""
     for name, (figure, title) in pictures.items():
         save(figure, f"{describe(run)}\n{title}", out / f"{name}.png")
 
 
 def draw_confusion(report: dict) -> tuple:
-    """Which digits are mistaken for which: counts, true by predicted.
+    """How often each true digit (row) is predicted as which digit (column).
 
-    Colour shows the errors only.
+    Colour marks only the errors.
     """
     confusion = np.array(report["confusion"])
     wrong = np.where(np.eye(10), 0, confusion)  # without the diagonal
@@ -502,19 +503,19 @@ def draw_confusion(report: dict) -> tuple:
 
 
 def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
-    """ROC: what a threshold on the length of a digit's capsule trades.
+    """ROC curves: what a threshold on the length of a digit's capsule trades off.
 
     A lower threshold finds more of these digits (true positives), and mistakes more
     other digits for them (false positives).
     """
     auc = np.array(report["auc"])
-    # The false positive rates to draw at. Their axis is logarithmic and has no 0.
+    # The curves are drawn at these false positive rates. A logarithmic axis has no 0.
     rates = np.geomspace(0.5 / len(labels), 1, 1000)
     curves = []
     figure, axis = plt.subplots(figsize=(11, 7))
     for rank, digit in enumerate(auc.argsort()):  # the worst first
         false, true, _ = metrics.roc_curve(labels == digit, lengths[:, digit])
-        # The curve is a staircase: at each rate, the last step that begins before it
+        # The curve is a staircase: at each rate, take the last step that has begun.
         steps = np.searchsorted(false, rates, side="right") - 1
         curve = 100 * true[steps]
         if rank < 3:
@@ -538,7 +539,7 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
 
 
 def draw_curves(run: dict) -> tuple:
-    """How training went. If the network overfits, the gap between both curves grows.
+    """How training went. If the network overfits, the gap between the two curves grows.
 
     Validation may look better than training: its digits are not augmented, and it comes
     after the epoch.
@@ -581,7 +582,7 @@ def draw_accuracy(axis, x, curves: list[list[float]], **style) -> None:
     axis.fill_between(x, low, high, color=style["color"], alpha=0.15)
     axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
     axis.minorticks_off()  # there are enough
-    # Few different tops, so that most slides have the same one
+    # Choose from only three tops, so that most slides have the same one.
     tops = [top for top in (0.998, 0.9995, 0.99992) if axis.dataLim.y1 < top]
     bottom = min(0.98, 0.99 * axis.dataLim.y0)
     axis.set(ylim=(bottom, tops[0]), ylabel="accuracy in % (logit scale)")
@@ -590,7 +591,7 @@ def draw_accuracy(axis, x, curves: list[list[float]], **style) -> None:
 def worst_mistakes(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Indices of all mistakes, the worst first.
 
-    There the longest capsule exceeds the true digit's by most.
+    The more the longest capsule exceeds the true digit's, the worse the mistake.
     """
     wrong = np.flatnonzero(lengths.argmax(axis=1) != labels)
     true = lengths[wrong, labels[wrong]]  # the length of the true digit's capsule
@@ -621,7 +622,7 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -
 
 
 def draw_rotation(report: dict, trained: float, plain: list[float] | None) -> tuple:
-    """How far a network generalises to angles that it has not been shown.
+    """How well a network generalises to angles that it never saw in training.
 
     It was trained with up to ±`trained` degrees. `plain` holds the accuracies of a plain
     CNN at the ANGLES, to compare with.
@@ -633,7 +634,7 @@ def draw_rotation(report: dict, trained: float, plain: list[float] | None) -> tu
     figure, axis = plt.subplots(figsize=(11, 7))
     label = f"trained: ±{trained:g}°"
     axis.axvspan(-trained, trained, color=ORANGE, alpha=0.3, label=label)
-    label = "95 %, images alone"
+    label = "95 % interval (images alone)"
     axis.fill_between(ANGLES, low, high, color=BLUE, alpha=0.2, label=label)
     axis.plot(ANGLES, values, color=BLUE, marker="o", label="this network")
     if plain:
@@ -650,14 +651,14 @@ def draw_rotation(report: dict, trained: float, plain: list[float] | None) -> tu
 def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     """WHERE capsules have turned to the true digit: a map for each digit.
 
-    Its outline is that of the mean image. The images come class by class.
+    The outline is that of the digit's mean image. The images must come class by class.
     """
     maps = np.array(report["coupling_maps"])  # [10, places]
     rows = network.map_side
     maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
     # Where a place begins and ends, in pixels of the 28x28 image. The kernel is a pixel
-    # wider than the stride: its centre lies half a pixel further.
+    # wider than the stride, so its centre lies half a pixel further.
     edges = network.place_width * np.arange(rows + 1) + 0.5
     edges = edges * 28 / network.side - 0.5  # a pixel has its centre at a whole number
     # Colours say how far a coupling is from an equal share, which is white.
@@ -682,7 +683,7 @@ def draw_coupling_histograms(report: dict) -> tuple:
     axis.stairs(to_true, EDGES, color=RED, label="to the true digit", **style)
     axis.stairs(to_others, EDGES, color=BLUE, label="to the nine others", **style)
     axis.axvline(0.1, label="equal share", **GREY)
-    axis.set(xlabel="coupling", ylabel="of all couplings, in % (logarithmic)")
+    axis.set(xlabel="coupling", ylabel="share of all couplings, in % (logarithmic)")
     axis.set_yscale("log")
     last_bin = np.flatnonzero(to_true).max()
     axis.set_xlim(0, EDGES[last_bin + 1])
@@ -751,9 +752,9 @@ def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tupl
 
 @torch.inference_mode()
 def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
-    """One number of a capsule is moved, and the capsule redrawn: [S17] figure 4.
+    """Change one number of a capsule and redraw the capsule: [S17] figure 4.
 
-    For each digit it is the number that changes the drawing most.
+    For each digit, this is the number that changes the drawing most.
     """
     ten = first_of_each_class(labels, 1)
     capsules = digit_capsules(model, images[ten])  # [10, J, D]
@@ -803,7 +804,7 @@ def draw_grid(drawings: Tensor, rows: list[str], columns: list[str], figsize: tu
 
 
 def save_comparison(rows: list[dict], file: Path) -> None:
-    """Validation accuracy over epochs and over time; a band holds a row's seeds.
+    """Validation accuracy over epochs and over time; a band spans a row's seeds.
 
     Only finished runs are drawn.
     """
@@ -825,7 +826,7 @@ def save_comparison(rows: list[dict], file: Path) -> None:
         draw_accuracy(right, minutes, curves, **style)
     left.locator_params(axis="x", integer=True)
     left.set_xlabel("epoch")
-    right.set(xlabel="minutes, each epoch like the fastest", xlim=(0, None), ylabel="")
+    right.set(xlabel="minutes, at the fastest epoch's speed", xlim=(0, None), ylabel="")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center")  # below both
     save(figure, f"Validation accuracy over epochs and over time\n{join(common)}", file)
@@ -833,11 +834,12 @@ def save_comparison(rows: list[dict], file: Path) -> None:
 
 # -- 4. Your own digits ------------------------------------------------------------
 
-# A photo becomes a picture like those of MNIST in five steps, and each step is a function:
+# Five functions, one after the other, make a picture like MNIST's of a photo: photo ->
 # brightness -> ink -> ink without the lines of the paper -> the digit alone -> 28x28.
 
-SIDE = 480  # pixels: the longer side of every photo. All sizes below are made for it.
-MIN_LEAD = 0.5  # of the longest capsule; 1 % of MNIST's test digits have less
+SIDE = 480  # pixels: the longer side of every photo. All sizes below assume it.
+# The lead of the longest capsule over the second. 1 % of MNIST's test digits have less.
+MIN_LEAD = 0.5
 DIGITS_PER_PAGE = 6  # of own-digits.png
 
 
@@ -864,8 +866,8 @@ def read_brightness(file: Path) -> np.ndarray:
         if np.median(opaque) < 128:  # transparent paper: the rest is ink, even white
             image = ImageOps.invert(opaque)
     brightness = np.asarray(image, dtype=np.float32)
-    brightness = ndimage.gaussian_filter(brightness, 1)  # a pixel wide: less grain
-    # A 16-bit image often uses few of its values.
+    brightness = ndimage.gaussian_filter(brightness, 1)  # against grain: 1 pixel
+    # A 16-bit image often uses only a small part of its range.
     return brightness / max(1, brightness.max())
 
 
@@ -884,7 +886,7 @@ def paper_lightness(brightness: np.ndarray) -> float:
 
 
 def with_margin(brightness: np.ndarray) -> np.ndarray:
-    """Brightness [h, w], half as large with more paper around it, if the edge is light."""
+    """If the edge is light, halve the picture [h, w] and add paper around it."""
     edges = [brightness[0], brightness[-1], brightness[:, 0], brightness[:, -1]]
     paper = np.median(np.concatenate(edges))
     if paper < 0.5:  # a desk, perhaps
@@ -893,28 +895,28 @@ def with_margin(brightness: np.ndarray) -> np.ndarray:
 
 
 def find_ink(brightness: np.ndarray) -> np.ndarray:
-    """Brightness [h, w] -> ink: how much darker than the paper around it, from 0 to 1."""
+    """Brightness [h, w] -> ink, 0 to 1: how much darker than the paper a pixel is."""
     # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    # Its window is a square, and fills rounded corners of shadows with light. Let the
-    # shadow grow back into them, by 2 pixels in each step.
+    # Its square window fills the rounded corners of shadows with light. Let the shadow
+    # grow back into them, by 2 pixels in each step.
     for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
-    # At least 0.4, so that the grain of a black desk is not ink.
+    # Divide by at least 0.4, so that the grain of a black desk does not count as ink.
     return (paper - brightness) / np.maximum(paper, 0.4)
 
 
 def find_rules(ink: np.ndarray) -> np.ndarray:
     """Ink [h, w] -> the ink of thin straight lines from the left edge to the right."""
     height, width = ink.shape
-    columns = np.arange(0, width, 4)  # a quarter of them is enough
+    columns = np.arange(0, width, 4)  # a quarter of the columns is enough
     n = len(columns)
     lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
     thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))
     rules = np.zeros_like(lines)
     for slope in np.linspace(-0.1, 0.1, 21):
         rise = np.round(slope * columns).astype(int)
-        # Each row follows one line. What leaves at the bottom goes on at the top.
+        # Each row follows one line. What leaves at the bottom comes back at the top.
         rows = (np.arange(height)[:, None] + rise) % height
         along = np.sort(np.take_along_axis(lines, rows, axis=0))
         thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
@@ -936,7 +938,7 @@ def without_rules(ink: np.ndarray) -> np.ndarray:
 
 
 def without_boxes(parts: np.ndarray) -> np.ndarray:
-    """Numbered parts [h, w] -> the same without those around others: a form's box."""
+    """Numbered parts [h, w] -> the same without a form's boxes around other parts."""
     left = parts.copy()
     for number, place in enumerate(ndimage.find_objects(parts), start=1):
         own = parts[place] == number
@@ -997,7 +999,7 @@ def as_mnist(ink: np.ndarray) -> np.ndarray:
     scale = 20 / max(image.size)  # MNIST's digits fit into 20x20
     size = [max(1, round(scale * length)) for length in image.size]
     ink = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    y, x = ndimage.center_of_mass(ink)  # goes to the middle
+    y, x = ndimage.center_of_mass(ink)  # this point goes to the middle
     image = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
     digit = Image.new("L", (28, 28))
     digit.paste(image, (round(14 - x), round(14 - y)))
@@ -1032,7 +1034,7 @@ def read_digit(file: Path) -> dict:
 
 
 def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
-    """What the network says of the user's images: printed, and drawn on pages."""
+    """Print and draw what the network says about the user's images."""
     # All files are read first: if one is bad, nothing is printed.
     readings = [read_digit(file) for file in progress(args.image, "images")]
     digits = torch.from_numpy(np.stack([reading["digit"] for reading in readings]))
@@ -1116,7 +1118,7 @@ def draw_lengths(axis, reading: dict) -> None:
     title = f"{name}: {answer}"
     if reading["doubts"]:
         title += f"\nunsure: {reading['doubts'][0]}"
-    axis.set_title(title, parse_math=False)  # a $ begins no formula
+    axis.set_title(title, parse_math=False)  # a $ does not begin a formula
 
 
 # -- 5. Main -----------------------------------------------------------------------
@@ -1146,14 +1148,15 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
 
 
 def compare(runs: list[dict], out: Path) -> None:
-    """The table of several runs, printed and written."""
+    """Print the table of several runs, and write it with its picture."""
     for run in runs:
         if run["report"] is None:
             folder = run["folder"]
             hint = f"first run python evaluate.py {shell_path(folder)}"
             raise UserError(f"{folder} has no report of its best epoch: {hint}")
         if run["config"]["dataset"] != runs[0]["config"]["dataset"]:
-            raise UserError("accuracies on mnist and on digits cannot be compared")
+            hint = "choose runs on the same dataset"
+            raise UserError(f"runs on mnist and on digits cannot be compared: {hint}")
     rows = make_rows(runs)
     text = comparison_text(rows)
     print(text)
@@ -1172,9 +1175,9 @@ def read_arguments() -> argparse.Namespace:
     parser = train_single.Parser(__doc__)
     flag = parser.add_argument
     flag("runs", nargs="+", type=some_path, metavar="RUN", help="folder of a run")
-    flag("--image", nargs="+", type=some_path, metavar="FILE", help="own digits")
+    flag("--image", nargs="+", type=some_path, metavar="FILE", help="your own digits")
     flag("--out", type=some_path, metavar="DIR", help="write here and nowhere else")
-    data_help = "holds MNIST/raw; default: as in training"
+    data_help = "folder that holds MNIST/raw; default: the one used in training"
     flag("--data-dir", type=some_path, metavar="DIR", help=data_help)
     device_help = "cpu, cuda, cuda:1 ...; default: the GPU if there is one"
     flag("--device", help=device_help)
@@ -1185,7 +1188,7 @@ def read_arguments() -> argparse.Namespace:
     if len(folders) < len(args.runs):
         parser.error("the same run is given twice")
     if len(args.runs) > 1 and args.image:
-        parser.error("--image goes with one run")
+        parser.error("--image needs exactly one run")
     args.device = train_single.find_device(args.device)
     return args
 
@@ -1273,12 +1276,13 @@ def read_run(folder: Path) -> dict:
     """
     config = read_checked(folder / "config.json", parse_config)
     if config["model"] not in MODELS:
-        hint = "plain ones: python -m results.plain evaluate.py RUN"
-        raise UserError(f"{folder} is of another network, {config['model']} ({hint})")
+        text = f"{folder} belongs to another network, {config['model']}"
+        hint = "for a plain network, run python -m results.plain evaluate.py RUN"
+        raise UserError(f"{text}: {hint}")
     history = read_checked(folder / "metrics.csv", parse_history)
     if not history:
         raise UserError(f"{folder} has no finished epoch yet: continue its training")
-    # The row of best.pt: of equal ones the earliest
+    # The row of best.pt: if several are equal, it is the earliest.
     best = max(history, key=lambda row: row["val_accuracy"])
     run = {"folder": folder, "config": config, "history": history, "best": best}
     run["report"] = None
@@ -1303,11 +1307,11 @@ def read_checked(file: Path, parse, *more):
         reason = f"{error} is missing"
     except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
         reason = str(error)
-    raise UserError(f"{file} is damaged, or not of a run: {reason}")
+    raise UserError(f"{file} is damaged, or does not belong to a run: {reason}")
 
 
 def parse_config(content: bytes) -> dict:
-    """config.json -> the settings. Older runs lack some: they had the defaults."""
+    """config.json -> the settings. Older runs lack some: these get their defaults."""
     config = train_single.DEFAULTS | json.loads(content)
     check_like(config, SETTINGS)
     if config["dataset"] not in VALIDATION_SIZE:
@@ -1328,7 +1332,7 @@ def parse_history(content: bytes) -> list[dict]:
 
 
 def parse_report(content: bytes, network) -> dict:
-    """report.json -> the figures. A plain network's has none of routing."""
+    """report.json -> the figures. A plain network has no figures of routing."""
     report = json.loads(content)
     check_like(report, REPORT)
     accuracies = at_angles(report)
@@ -1338,7 +1342,7 @@ def parse_report(content: bytes, network) -> dict:
     if max(report["accuracy"], *accuracies) > 100:
         raise ValueError("an accuracy is above 100 %")
     if min(report["test_images"], turned_images) < 1:
-        raise ValueError("it is of no images")
+        raise ValueError("it was measured on no images")
     if "coupling_maps" in report:
         routing = {
             "coupling_to_true": [0.1] * len(report["coupling_to_true"]),
@@ -1354,7 +1358,7 @@ def parse_report(content: bytes, network) -> dict:
 def read_lengths(run: dict, labels: np.ndarray) -> np.ndarray:
     """lengths.npy of an archived run, [n, 10] for n labels: see predict.
 
-    UserError if it is missing, damaged, or of another run than report.json.
+    UserError if it is missing, damaged, or does not match report.json.
     """
     file = run["folder"] / "lengths.npy"
     if not file.exists():
@@ -1365,7 +1369,8 @@ def read_lengths(run: dict, labels: np.ndarray) -> np.ndarray:
         confusion = confusion_matrix(labels, lengths.argmax(axis=1))
         if confusion.tolist() == run["report"]["confusion"]:
             return lengths
-    raise UserError(f"{file} is of another run than the report.json beside it")
+    hint = "is one of them from another run?"
+    raise UserError(f"{file} does not match the report.json beside it: {hint}")
 
 
 def parse_lengths(content: bytes) -> np.ndarray:
@@ -1382,7 +1387,7 @@ def parse_lengths(content: bytes) -> np.ndarray:
 
 
 def is_archived(run: dict) -> bool:
-    """Whether only the report of a run was kept, not its best.pt."""
+    """True if the report of a run was kept, but not its best.pt."""
     return not (run["folder"] / "best.pt").exists()
 
 
@@ -1401,8 +1406,8 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     draw and to read own digits, but no figure of a report comes from it. From here on,
     this process computes without TF32.
     """
-    # Training may use TF32 on a GPU. A report may not: it has 10 bits of mantissa
-    # instead of 23.
+    # Training may use TF32 on a GPU. A report may not: TF32 has 10 bits of mantissa,
+    # float32 has 23.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     file = weights_file(run)
@@ -1415,7 +1420,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
         # Training writes best.pt before metrics.csv, and may be killed in between.
         if not history or history[-1] != run["best"]:
             hint = "resume the run first"
-            raise UserError(f"{file} is not of the best epoch in metrics.csv: {hint}")
+            raise UserError(f"{file} does not match metrics.csv's best epoch: {hint}")
         weights = checkpoint["model"]
     else:
         weights = read_half_weights(file)
@@ -1423,7 +1428,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     try:
         model.load_state_dict(weights)  # into float32, whatever the file has
     except (RuntimeError, TypeError, AttributeError):  # other names or shapes
-        hint = "is one of them from another run, or of other code?"
+        hint = "is one of them from another run, or from other code?"
         text = f"{file} does not fit the network of the config.json beside it: {hint}"
         raise UserError(text) from None
     # [B, H, W, C] in memory is faster.
@@ -1434,7 +1439,7 @@ def half_weights(model: nn.Module) -> bytes:
     """The content of weights.pt: float16, which takes half the bytes of float32."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():  # BatchNorm's count of batches is not
+        if tensor.is_floating_point():  # BatchNorm's count of batches is an integer
             tensor = tensor.half()
         weights[name] = tensor.cpu()
     buffer = io.BytesIO()

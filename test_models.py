@@ -1,11 +1,12 @@
 """Tests of the course files, in about 10 minutes on 2 CPU cores:
 
-    python -m pytest -q                                  these and those of results/
-    python -m pytest -q test_models.py -k equation       a few of them
+    python -m pytest -q                              these tests and those of results/
+    python -m pytest -q test_models.py -k equation   a few of them
 
-Read the first two parts, down to "Helpers for real processes": how to check a formula. Each
-is compared with a reference in float64, written as plain loops. The tests after that run the
-scripts as a user does, under torchrun too, on scikit-learn's digits: no network is needed.
+Read the first two parts, down to "Helpers for real processes": they show how to check
+a formula. Each formula is compared with a reference in float64, written as plain loops.
+The later tests run the scripts as a user does, also under torchrun, on scikit-learn's
+digits. They need no internet.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-if "TORCHELASTIC_RUN_ID" not in os.environ:  # left-over variables would make us wait for ranks
+# Stale variables would make train_ddp.py wait for other ranks.
+if "TORCHELASTIC_RUN_ID" not in os.environ:
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(variable, None)
 
@@ -55,12 +57,13 @@ import train_single
 from alexcaps import AlexCapsNet
 from rescaps import ResCapsNet
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever the machine has
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # use the CPU, whatever the machine has
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 ALEX = ("--model", "alexcaps", "--dataset", "digits")
 SMALL = (*ALEX, "--train-size", 96, "--batch-size", 16)  # 6 steps an epoch
-OFFLINE = {f"{p}_proxy": "http://127.0.0.1:9" for p in ("http", "https")}  # a closed port
+CLOSED_PORT = "http://127.0.0.1:9"
+OFFLINE = {"http_proxy": CLOSED_PORT, "https_proxy": CLOSED_PORT}
 both_networks = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
 
 
@@ -79,24 +82,34 @@ def squash_reference(s):
 
 def routing_reference(votes, iterations):
     """votes[j][i][d] of one image -> (v[j][d], couplings[iteration][j][i])."""
-    J, N, D = len(votes), len(votes[0]), len(votes[0][0])
-    b, history = [[0.0] * N for _ in range(J)], []
+    J = len(votes)
+    N = len(votes[0])
+    D = len(votes[0][0])
+    b = [[0.0] * N for _ in range(J)]
+    history = []
     for _ in range(iterations):
-        totals = [sum(math.exp(b[k][i]) for k in range(J)) for i in range(N)]
-        c = [[math.exp(b[j][i]) / totals[i] for i in range(N)] for j in range(J)]
+        c = [[0.0] * N for _ in range(J)]
+        for i in range(N):
+            total = sum(math.exp(b[k][i]) for k in range(J))
+            for j in range(J):
+                c[j][i] = math.exp(b[j][i]) / total
         history.append(c)
         v = []
         for j in range(J):
-            s = [sum(c[j][i] * votes[j][i][d] for i in range(N)) for d in range(D)]
+            s = [0.0] * D
+            for i, d in itertools.product(range(N), range(D)):
+                s[d] += c[j][i] * votes[j][i][d]
             v.append(squash_reference(s))
-        for j, i in itertools.product(range(J), range(N)):
-            b[j][i] += sum(votes[j][i][d] * v[j][d] for d in range(D))
+        for j, i, d in itertools.product(range(J), range(N), range(D)):
+            b[j][i] += votes[j][i][d] * v[j][d]
     return v, history
 
 
 def test_squash_equals_equation_1():
-    s = torch.randn(5, 7, dtype=torch.float64) * torch.logspace(-3, 3, 5).double().unsqueeze(1)
-    expected = torch.tensor([squash_reference(row) for row in s.tolist()], dtype=torch.float64)
+    sizes = torch.logspace(-3, 3, 5, dtype=torch.float64)
+    s = torch.randn(5, 7, dtype=torch.float64) * sizes.unsqueeze(1)
+    rows = [squash_reference(row) for row in s.tolist()]
+    expected = torch.tensor(rows, dtype=torch.float64)
     torch.testing.assert_close(capsules.squash(s), expected, rtol=1e-5, atol=1e-12)
 
 
@@ -106,7 +119,8 @@ def test_zero_vector_has_finite_value_and_gradient(function):
         s = torch.zeros(2, 3, 8, dtype=dtype, requires_grad=True)
         out = function(s)
         out.sum().backward()
-        assert out.abs().max() < 1e-5 and torch.isfinite(s.grad).all()
+        assert out.abs().max() < 1e-5
+        assert torch.isfinite(s.grad).all()
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
@@ -123,7 +137,8 @@ def test_routing_equals_procedure_1(iterations):
 
 
 def test_margin_loss_equals_equation_4():
-    lengths, labels = torch.rand(6, 10, dtype=torch.float64), torch.arange(6)
+    lengths = torch.rand(6, 10, dtype=torch.float64)
+    labels = torch.arange(6)
     total = 0.0
     for row, label in zip(lengths.tolist(), labels.tolist(), strict=True):
         for k, length in enumerate(row):
@@ -131,7 +146,8 @@ def test_margin_loss_equals_equation_4():
                 total += max(0.0, 0.9 - length) ** 2
             else:
                 total += 0.5 * max(0.0, length - 0.1) ** 2
-    assert capsules.margin_loss(lengths, labels).item() == pytest.approx(total / 6, rel=1e-12)
+    loss = capsules.margin_loss(lengths, labels).item()
+    assert loss == pytest.approx(total / 6, rel=1e-12)
 
 
 def test_gradients_of_the_real_code():
@@ -165,7 +181,8 @@ def test_a_primary_capsule_comes_from_one_place():
     layer = capsules.PrimaryCapsules(2, types=3, dim=4, kernel_size=1)
     x = torch.randn(1, 2, 5, 5)
     changed = x.clone()
-    changed[0, :, 1, 2] += 1  # place 1 * 5 + 2 = 7: its 3 capsules must change, no others
+    # At place 1 * 5 + 2 = 7, the three capsules must change. All others must not.
+    changed[0, :, 1, 2] += 1
     different = (layer(x) != layer(changed)).any(dim=2).squeeze(0)  # [N]
     assert different.nonzero().flatten().tolist() == [21, 22, 23]
     expected = capsules.squash(layer.conv(x)[0, 4:8, 1, 2])  # type 1: channels 4 to 7
@@ -173,7 +190,7 @@ def test_a_primary_capsule_comes_from_one_place():
 
 
 def decoder_reference(capsule, digit, layers, J=10):
-    """The decoder's 784 pixels for one image, from the capsule of `digit`, in plain loops."""
+    """The decoder's 784 pixels for one image, from the capsule of `digit`."""
     D = len(capsule)
     values = [0.0] * (J * D)
     values[digit * D : (digit + 1) * D] = capsule  # all other capsules are masked
@@ -195,14 +212,14 @@ def mean_of_windows(picture, side=28):
     for y, x in itertools.product(range(side), range(side)):
         rows = range(y * S // side, math.ceil((y + 1) * S / side))
         columns = range(x * S // side, math.ceil((x + 1) * S / side))
-        window = [picture[r][c] for r in rows for c in columns]
+        window = [picture[r][c] for r, c in itertools.product(rows, columns)]
         pixels.append(sum(window) / len(window))
     return pixels
 
 
 @both_networks
 def test_reconstruction_loss_equals_a_plain_loop(network):
-    """Margin loss + W * mean squared error of the true digit's picture, [S17] section 4.1."""
+    """Margin loss + W * mean squared error of the true digit's picture, [S17] 4.1."""
     model = network(reconstruction=20.0).double()
     pictures = torch.rand(2, 1, network.side, network.side, dtype=torch.float64)
     images = (pictures - network.mean) / network.std
@@ -246,10 +263,14 @@ def test_a_decoder_leaves_the_rest_of_the_network_as_it_is(network):
 
 @pytest.mark.parametrize(
     ("network", "parameters", "flops", "n"),
-    [(AlexCapsNet, 2_677_696, 261_220_352, 128), (ResCapsNet, 2_022_240, 435_200_256, 1296)],
+    [
+        (AlexCapsNet, 2_677_696, 261_220_352, 128),
+        (ResCapsNet, 2_022_240, 435_200_256, 1296),
+    ],
 )
 def test_shapes_and_counts(network, parameters, flops, n):
-    model, x = network(), torch.randn(2, 1, network.side, network.side)
+    model = network()
+    x = torch.randn(2, 1, network.side, network.side)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert evaluate.count_flops(model) == flops
     assert model.primary(model.features(x)).shape == (2, n, 8)
@@ -257,7 +278,7 @@ def test_shapes_and_counts(network, parameters, flops, n):
     v, couplings = model.eval()(x, return_couplings=True)
     torch.testing.assert_close(v, model(x))
     assert [c.shape for c in couplings] == [(2, 10, n)] * 3
-    with torch.no_grad():  # an image does not depend on its batch
+    with torch.no_grad():  # the result of an image does not depend on its batch
         alone = torch.cat([model(image) for image in x.split(1)])
     torch.testing.assert_close(v, alone, rtol=1e-4, atol=1e-5)
 
@@ -270,14 +291,16 @@ def test_half_precision_stays_finite(network, dtype):
     images = torch.rand(3, 1, network.side, network.side) * brightness
     with torch.autocast("cpu", dtype):
         v = model(images)
-    capsules.margin_loss(capsules.capsule_lengths(v), torch.tensor([1, 2, 3])).backward()
+    lengths = capsules.capsule_lengths(v)
+    capsules.margin_loss(lengths, torch.tensor([1, 2, 3])).backward()
     assert torch.isfinite(v).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_routing_leaves_half_precision():
-    """Votes are products in bfloat16; all that follows is as if autocast were off."""
-    layer, u = capsules.DigitCapsules(20, 8), torch.randn(3, 20, 8)
+    """Votes are computed in bfloat16, and all the rest as if autocast were off."""
+    layer = capsules.DigitCapsules(20, 8)
+    u = torch.randn(3, 20, 8)
     with torch.autocast("cpu", torch.bfloat16):
         v = layer(u)
         votes = torch.bmm(u.transpose(0, 1), layer.weight)  # [N, B, J*D]
@@ -290,8 +313,10 @@ def test_routing_leaves_half_precision():
 
 
 def run_python(*arguments, start=False, timeout=240, **more):
-    """Run a script of the repository as a user does; returns the finished process, or with
-    `start` the running one."""
+    """Run a script of the repository as a user does, and return the finished process.
+
+    With `start`, return the running process.
+    """
     command = [sys.executable, *map(str, arguments)]
     env = {"PYTHONPATH": str(HERE), **more.pop("env", os.environ)}
     options = {"cwd": HERE, "text": True, "env": env} | more
@@ -302,7 +327,7 @@ def run_python(*arguments, start=False, timeout=240, **more):
 
 
 def torchrun(*arguments, launcher=(), **more):
-    """A real torchrun job of two processes on this machine; `-c CODE` may be the script."""
+    """A real torchrun job of two processes; the script may be `-c CODE`."""
     options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
     if arguments[0] == "-c":
         options += ["--no-python", sys.executable]
@@ -310,9 +335,11 @@ def torchrun(*arguments, launcher=(), **more):
 
 
 def call(script, *arguments):
-    """Run a script's main in this process -> (exit code, what it printed, its error output)."""
-    output, error = io.StringIO(), io.StringIO()
-    code, handler = 0, signal.getsignal(signal.SIGINT)
+    """Run a script's main in this process -> (exit code, stdout, stderr)."""
+    output = io.StringIO()
+    error = io.StringIO()
+    code = 0
+    handler = signal.getsignal(signal.SIGINT)
     with (
         mock.patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)]),
         mock.patch.object(train_single, "keep_freed_memory"),  # it cannot be undone
@@ -331,20 +358,26 @@ def call(script, *arguments):
     return code, output.getvalue(), error.getvalue()
 
 
-single, ddp, evaluated = (functools.partial(call, s) for s in (train_single, train_ddp, evaluate))
+single = functools.partial(call, train_single)
+ddp = functools.partial(call, train_ddp)
+evaluated = functools.partial(call, evaluate)
 
 
 def assert_one_line(result, *words):
-    """A user's mistake, as `call` returns it: exit code 2, a line with "error: " and the words."""
+    """Check what `call` returns for a user's mistake: exit code 2 and one error line.
+
+    The line must contain the words.
+    """
     code, _, error = result
     assert code == 2, error
-    assert len(error.strip().splitlines()) == 1 and "error: " in error, error
+    assert len(error.strip().splitlines()) == 1, error
+    assert "error: " in error, error
     for word in words:
         assert word in error, error
 
 
 def new_run(device=CPU, **settings):
-    """A run at its start, which no folder holds yet."""
+    """A new run, which is not in any folder yet."""
     config = train_single.DEFAULTS | settings
     return train_single.Run(config, Path("unused"), device)
 
@@ -354,11 +387,16 @@ def weights(run_dir, name="last.pt"):
 
 
 def same_run(a, b):
-    """Equal weights, and equal figures but for the times."""
-    a, b = (torch.load(Path(run_dir) / "last.pt", weights_only=True) for run_dir in (a, b))
-    histories = ([row | {"seconds": 0} for row in c["history"]] for c in (a, b))
-    bits = all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    return a["model"].keys() == b["model"].keys() and bits and next(histories) == next(histories)
+    """True if two runs have equal weights, and equal figures except for the times."""
+    a = torch.load(Path(a) / "last.pt", weights_only=True)
+    b = torch.load(Path(b) / "last.pt", weights_only=True)
+    for row in (*a["history"], *b["history"]):
+        row["seconds"] = 0
+    if a["history"] != b["history"]:
+        return False
+    if a["model"].keys() != b["model"].keys():
+        return False
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
 def contents(folder):
@@ -369,9 +407,11 @@ def contents(folder):
 
 
 class Net:
-    """The least that images_to_input needs to know of a network."""
+    """All that images_to_input needs to know about a network."""
 
-    side, mean, std = 28, 0.0, 1.0
+    side = 28
+    mean = 0.0
+    std = 1.0
 
 
 def test_rotation_is_torchvisions_and_each_image_has_its_own_angle():
@@ -382,7 +422,8 @@ def test_rotation_is_torchvisions_and_each_image_has_its_own_angle():
         x = images[i].view(1, 1, 28, 28).float() / 255
         theirs = rotate(x, degrees[i].item(), InterpolationMode.BILINEAR)
         assert (ours[i] - theirs[0]).abs().max() < 0.02
-    assert (ours[1] - data.images_to_input(images[1:2], Net, -degrees[1:2])[0]).abs().max() > 0.3
+    other_way = data.images_to_input(images[1:2], Net, -degrees[1:2])
+    assert (ours[1] - other_way[0]).abs().max() > 0.3
     with pytest.raises(TypeError, match="uint8"):
         data.images_to_input(torch.rand(2, 28, 28), Net)
 
@@ -393,15 +434,16 @@ def test_a_shift_moves_right_and_down_before_the_rotation(side):
     images = torch.zeros(3, 28, 28, dtype=torch.uint8)
     images[:, 6:-6, 6:-6] = torch.randint(256, (3, 16, 16))  # far from the edges
     shifts = torch.tensor([[2.0, -3.0], [0.0, 0.0], [-1.0, 4.0]])
-    moved = [image.roll((int(y), int(x)), (0, 1)) for image, (x, y) in zip(images, shifts)]
-    moved = torch.stack(moved)  # rows down, columns to the right
+    moved = []
+    for image, (x, y) in zip(images, shifts.int().tolist(), strict=True):
+        moved.append(image.roll((y, x), (0, 1)))  # rows down, columns to the right
+    moved = torch.stack(moved)
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-4)
-    close(data.images_to_input(images, net, shifts=shifts), data.images_to_input(moved, net))
+    shifted = data.images_to_input(images, net, shifts=shifts)
+    close(shifted, data.images_to_input(moved, net))
     degrees = torch.tensor([30.0, -20.0, 75.0])
-    close(
-        data.images_to_input(images, net, degrees, shifts),
-        data.images_to_input(moved, net, degrees),
-    )
+    turned = data.images_to_input(images, net, degrees, shifts)
+    close(turned, data.images_to_input(moved, net, degrees))
 
 
 def test_resize_is_bilinear_and_corners_stay_black():
@@ -409,21 +451,27 @@ def test_resize_is_bilinear_and_corners_stay_black():
     ours = data.images_to_input(images[:3], ResCapsNet)
     x = F.interpolate(images[:3].unsqueeze(1).float() / 255, (78, 78), mode="bilinear")
     x = (x - ResCapsNet.mean) / ResCapsNet.std
-    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))  # edges blend with black
-    torch.testing.assert_close(ours[inner], x[inner], rtol=1e-4, atol=1e-4)
+    ours = ours[:, :, 2:-2, 2:-2]  # edges blend with black
+    x = x[:, :, 2:-2, 2:-2]
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
     white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
     turned = data.images_to_input(white, AlexCapsNet, torch.tensor([45.0]))
     assert turned[0, 0, 0, 0] == pytest.approx(-AlexCapsNet.mean / AlexCapsNet.std)
 
 
 def test_parts_are_disjoint_stable_and_stratified():
-    parts = {name: data.load("digits", "", name) for name in ("train", "validation", "test")}
+    names = ("train", "validation", "test")
+    parts = {name: data.load("digits", "", name) for name in names}
     assert [len(labels) for _, labels in parts.values()] == [1237, 200, 360]
-    seen = [image.numpy().tobytes() for x, _ in parts.values() for image in x]
-    assert len(set(seen)) == 1797  # every digit is in exactly one part
-    assert parts["test"][1].bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    seen = set()
+    for images, _ in parts.values():
+        seen.update(image.numpy().tobytes() for image in images)
+    assert len(seen) == 1797  # every digit is in exactly one part
+    _, labels = parts["test"]
+    assert labels.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     torch.manual_seed(99)  # a run's seed changes nothing
-    assert torch.equal(data.load("digits", "", "validation")[0], parts["validation"][0])
+    images, _ = data.load("digits", "", "validation")
+    assert torch.equal(images, parts["validation"][0])
 
 
 def test_angles_and_shifts_depend_on_seed_and_epoch_alone():
@@ -432,31 +480,42 @@ def test_angles_and_shifts_depend_on_seed_and_epoch_alone():
     dataset.set_epoch(0, 1)
     first = torch.cat([dataset.degrees.unsqueeze(1), dataset.shifts], dim=1)  # [n, 3]
     for drawn, limit in zip(first.T, (10, 2, 2), strict=True):
-        assert drawn.abs().max() <= limit and drawn.min() < -0.9 * limit < 0.9 * limit < drawn.max()
-    assert first.T.corrcoef().triu(1).abs().max() < 0.1  # each is drawn for itself
+        assert drawn.abs().max() <= limit
+        assert drawn.min() < -0.9 * limit
+        assert drawn.max() > 0.9 * limit
+    assert first.T.corrcoef().triu(1).abs().max() < 0.1  # they are independent
     dataset.set_epoch(0, 2)
     assert not torch.equal(dataset.degrees, first[:, 0])
     dataset.set_epoch(0, 1)
-    assert torch.equal(dataset.degrees, first[:, 0]) and torch.equal(dataset.shifts, first[:, 1:])
+    assert torch.equal(dataset.degrees, first[:, 0])
+    assert torch.equal(dataset.shifts, first[:, 1:])
 
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
-    """tmp_path/MNIST/raw with random images in MNIST's files, whose checksums count as MNIST's."""
+    """tmp_path/MNIST/raw with random images in MNIST's files.
+
+    Their checksums replace those of MNIST.
+    """
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in data.MNIST_MD5:
-        n, shape = 100 if "t10k" in name else 5200, (28, 28) if "images" in name else ()
-        header = struct.pack(f">{2 + len(shape)}i", 2051 if shape else 2049, n, *shape)
-        numbers = torch.randint(256 if shape else 10, (n, *shape), dtype=torch.uint8).numpy()
-        (raw / name).write_bytes(header + numbers.tobytes())
+        n = 100 if "t10k" in name else 5200
+        if "images" in name:
+            header = struct.pack(">4i", 2051, n, 28, 28)
+            numbers = torch.randint(256, (n, 28, 28), dtype=torch.uint8)
+        else:
+            header = struct.pack(">2i", 2049, n)
+            numbers = torch.randint(10, (n,), dtype=torch.uint8)
+        (raw / name).write_bytes(header + numbers.numpy().tobytes())
         checksum = hashlib.md5((raw / name).read_bytes()).hexdigest()
         monkeypatch.setitem(data.MNIST_MD5, name, checksum)
     return raw
 
 
 def pack(path, most=None):
-    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1)[:most])
+    packed = gzip.compress(path.read_bytes(), 1)
+    path.with_name(f"{path.name}.gz").write_bytes(packed[:most])
     path.unlink()
 
 
@@ -468,15 +527,18 @@ def flip_a_bit(path):
 
 def test_mnist_is_read_and_split(raw, tmp_path):
     assert data.resolve_dataset("auto", tmp_path) == ("mnist", "")
-    parts = {part: data.load("mnist", tmp_path, part) for part in ("train", "validation", "test")}
+    names = ("train", "validation", "test")
+    parts = {name: data.load("mnist", tmp_path, name) for name in names}
     assert [len(labels) for _, labels in parts.values()] == [200, 5000, 100]
     images, labels = parts["test"]
-    assert images.numpy().tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
-    assert bytes(labels.tolist()) == (raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]
-    flip_a_bit(raw / "train-labels-idx1-ubyte")  # what goes bad later is not read, either
+    content = (raw / "t10k-images-idx3-ubyte").read_bytes()
+    assert images.numpy().tobytes() == content[16:]
+    content = (raw / "t10k-labels-idx1-ubyte").read_bytes()
+    assert labels.byte().numpy().tobytes() == content[8:]
+    flip_a_bit(raw / "train-labels-idx1-ubyte")  # a file damaged later is refused, too
     with pytest.raises(data.UserError, match="not a file of MNIST"):
         data.load("mnist", tmp_path, "train")
-    for path in raw.glob("t10k*ubyte"):  # packed files will do
+    for path in raw.glob("t10k*ubyte"):  # compressed files work, too
         pack(path)
     assert torch.equal(data.load("mnist", tmp_path, "test")[0], images)
 
@@ -489,7 +551,8 @@ def test_another_file_of_that_name_is_not_mnist(spoil, choice, raw, tmp_path):
     spoil(raw / "train-images-idx3-ubyte")
     flags = ("--dataset", choice, "--data-dir", tmp_path, "--run-dir", tmp_path / "run")
     result = single("--model", "alexcaps", *flags)
-    assert_one_line(result, "train-images-idx3-ubyte", "is not a file of MNIST", "--data-dir")
+    words = ("train-images-idx3-ubyte", "is not a file of MNIST", "--data-dir")
+    assert_one_line(result, *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -499,13 +562,16 @@ def test_download_from_a_mirror(raw, tmp_path, monkeypatch):
 
     for name in data.MNIST_MD5:
         pack(raw / name)
-    checksums = [(p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in raw.glob("*.gz")]
+    checksums = []
+    for file in raw.glob("*.gz"):
+        checksums.append((file.name, hashlib.md5(file.read_bytes()).hexdigest()))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=raw)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        mirror = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(MNIST, "mirrors", [mirror])
         monkeypatch.setattr(MNIST, "resources", checksums)
         assert data.resolve_dataset("mnist", tmp_path / "new") == ("mnist", "")
         server.shutdown()
@@ -518,15 +584,19 @@ def test_a_silent_network_is_given_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "SILENCE_SECONDS", 0.3)
     monkeypatch.setenv("no_proxy", "*")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
+    # This server accepts connections, but never answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mirror = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(MNIST, "mirrors", [mirror])
         name, reason = data.resolve_dataset("auto", tmp_path)
-    assert name == "digits" and "timed out" in reason
-    assert list(tmp_path.iterdir()) == [] and socket.getdefaulttimeout() is None
+    assert name == "digits"
+    assert "timed out" in reason
+    assert list(tmp_path.iterdir()) == []
+    assert socket.getdefaulttimeout() is None
 
 
 class BadMirror(http.server.BaseHTTPRequestHandler):
-    """Sends `piece`, with `pause` seconds in between, until the client has enough."""
+    """Sends `piece` again and again, with pauses, until the client hangs up."""
 
     def do_GET(self):
         self.send_response(200)
@@ -542,7 +612,10 @@ class BadMirror(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     ("piece", "pause", "word"),
-    [(bytes(100_000), 0, "more than 10,000,000 bytes"), (b"x", 0.05, "not complete after 0.5 s")],
+    [
+        (bytes(100_000), 0, "more than 10,000,000 bytes"),
+        (b"x", 0.05, "not complete after 0.5 s"),
+    ],
     ids=["endless", "a byte at a time"],
 )
 def test_a_mirror_that_never_ends_is_given_up(piece, pause, word, tmp_path, monkeypatch):
@@ -554,7 +627,8 @@ def test_a_mirror_that_never_ends_is_given_up(piece, pause, word, tmp_path, monk
     handler = type("Handler", (BadMirror,), {"piece": piece, "pause": pause})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        mirror = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(MNIST, "mirrors", [mirror])
         name, reason = data.resolve_dataset("auto", tmp_path)
         server.shutdown()
     assert name == "digits"
@@ -564,7 +638,8 @@ def test_a_mirror_that_never_ends_is_given_up(piece, pause, word, tmp_path, monk
 
 def test_one_missing_file_is_enough_to_need_a_download(raw, tmp_path, monkeypatch):
     (raw / "t10k-labels-idx1-ubyte").unlink()
-    monkeypatch.setattr(data, "download_mnist", asked := mock.Mock())
+    asked = mock.Mock()
+    monkeypatch.setattr(data, "download_mnist", asked)
     assert data.resolve_dataset("mnist", tmp_path) == ("mnist", "")
     assert asked.call_count == 1
 
@@ -574,22 +649,31 @@ def test_one_missing_file_is_enough_to_need_a_download(raw, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("model", ["alexcaps", "rescaps"])
 def test_dry_run(model, tmp_path, monkeypatch):
-    """One step of everything, into a folder of its own, which the next dry run replaces."""
+    """It does one step of everything, and replaces only an earlier dry run."""
     monkeypatch.chdir(tmp_path)
-    held = [Path("runs", name, "last.pt") for name in (f"{model}-single-digits", "dry-run")]
+    names = (f"{model}-single-digits", "dry-run")
+    held = [Path("runs", name, "last.pt") for name in names]
     for file in held:
         file.parent.mkdir(parents=True)
         file.write_text("a run")
     code, printed, error = single("--model", model, "--dataset", "digits", "--dry-run")
-    assert code == 0 and error == "" and "test it: python evaluate.py runs/dry-run" in printed
+    assert code == 0, error
+    assert error == ""
+    assert "test it: python evaluate.py runs/dry-run" in printed
     checkpoint = torch.load(held[1])
-    assert checkpoint["config"]["train_images"] == 32 and len(checkpoint["history"]) == 1
-    assert checkpoint["optimizer"]["state"][0]["step"] == 1 and held[0].read_text() == "a run"
+    assert checkpoint["config"]["train_images"] == 32
+    assert len(checkpoint["history"]) == 1
+    assert checkpoint["optimizer"]["state"][0]["step"] == 1
+    assert held[0].read_text() == "a run"
 
 
 def test_offline_first_run(tmp_path):
-    """No network, no data: digits, said at the start and at the end, and in the folder's name."""
-    flags = ("--data-dir", tmp_path / "data", "--train-size", 64, "--epochs", 1, "--seed", 3)
+    """Without internet and data it trains on digits.
+
+    The first and the last line say so, and so does the folder's name.
+    """
+    flags = ("--train-size", 64, "--epochs", 1, "--seed", 3)
+    flags += ("--data-dir", tmp_path / "data")
     train = (HERE / "train_single.py", "--model", "alexcaps", *flags)
     process = run_python(*train, cwd=tmp_path, env=os.environ | OFFLINE)
     assert process.returncode == 0, process.stderr
@@ -601,34 +685,44 @@ def test_offline_first_run(tmp_path):
     epoch = next(line for line in lines if line.startswith("epoch"))
     figures = r"loss 0\.\d{4} acc [\d.]{5}"
     form = rf"epoch  1/1 \| train {figures} \| val {figures} \| \d+ s \*"
-    assert re.fullmatch(form, epoch) and len(epoch) <= 80
+    assert re.fullmatch(form, epoch)
+    assert len(epoch) <= 80
+    flags = ("--dataset", "mnist", "--data-dir", tmp_path / "data")
     with mock.patch.dict(os.environ, OFFLINE):
-        error = single(*ALEX[:2], "--dataset", "mnist", "--data-dir", tmp_path / "data")
-    assert_one_line(error, "has no MNIST/raw/train-images", "download failed", "--dataset digits")
+        error = single("--model", "alexcaps", *flags)
+    words = ("has no MNIST/raw/train-images", "download failed", "--dataset digits")
+    assert_one_line(error, *words)
     run = tmp_path / "runs" / "alexcaps-single-digits-seed3"
-    assert {p.name for p in run.iterdir()} == {*train_single.RUN_FILES, ".lock"} - {"report.json"}
+    expected = {*train_single.RUN_FILES, ".lock"} - {"report.json"}
+    assert {p.name for p in run.iterdir()} == expected
 
 
 WRONG_FLAGS = """
---epochs 0, --epochs -1, --epochs 1.5, --epochs nan, --batch-size 0, --batch-size -4, --seed -1,
---routing-iterations 0, --routing-iterations inf, --lr 0, --lr -0.1, --lr nan, --lr inf, --lr x,
---reconstruction -1, --reconstruction nan, --reconstruction 101, --rotate -1, --rotate nan, --rotate 181, --shift -1, --shift nan, --train-size 0, --compil,
---device cuda:77, --device toaster, --device meta, --device mps, --device xpu, --model vgg,
---dataset cifar, --run-dir=, --data-dir=
+--epochs 0, --epochs -1, --epochs 1.5, --epochs nan, --batch-size 0, --batch-size -4,
+--seed -1, --routing-iterations 0, --routing-iterations inf, --lr 0, --lr -0.1,
+--lr nan, --lr inf, --lr x, --reconstruction -1, --reconstruction nan,
+--reconstruction 101, --rotate -1, --rotate nan, --rotate 181, --shift -1, --shift nan,
+--train-size 0, --compil, --device cuda:77, --device toaster, --device meta,
+--device mps, --device xpu, --model vgg, --dataset cifar, --run-dir=, --data-dir=
 """
 
 
 @pytest.mark.parametrize("flags", ["", *WRONG_FLAGS.split(",")])
 def test_wrong_use_is_one_line_and_writes_nothing(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = [*(ALEX if flags else ()), *flags.split()]  # nothing at all: --model is missing
-    assert_one_line(single(*given), *re.findall(r"[^\s=]+", flags or "--model"))
+    if flags:
+        given = (*ALEX, *flags.split())
+        words = re.findall(r"[^\s=]+", flags)
+    else:
+        given = ()
+        words = ["--model"]  # is missing
+    assert_one_line(single(*given), *words)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two epochs of AlexCapsNet on 96 digits, without a break: the run that others must equal."""
+    """Two uninterrupted epochs of AlexCapsNet on 96 digits: a reference for others."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     code, _, error = single(*SMALL, "--epochs", 2, "--run-dir", run_dir)
     assert code == 0, error
@@ -642,8 +736,10 @@ def copy(finished, tmp_path):
 
 
 def test_a_run_is_never_overwritten_unasked(copy):
-    before, flags = contents(copy), (*SMALL, "--epochs", 1, "--run-dir", copy)
-    for keep in ("best.pt", "metrics.csv", "config.json"):  # archived runs are runs, too
+    before = contents(copy)
+    flags = (*SMALL, "--epochs", 1, "--run-dir", copy)
+    # Archived runs, which lack last.pt, are runs, too.
+    for keep in ("best.pt", "metrics.csv", "config.json"):
         assert_one_line(single(*flags), "holds a run", "--overwrite", "--resume")
         assert contents(copy) == before
         before.pop("last.pt", None)
@@ -656,7 +752,9 @@ def test_a_run_is_never_overwritten_unasked(copy):
 @pytest.mark.parametrize("new", [False, True], ids=["goes on", "is to be replaced"])
 def test_a_disk_that_refuses_loses_nothing(new, copy):
     before = contents(copy)
-    flags = (*SMALL, "--run-dir", copy, "--overwrite") if new else ("--resume", copy, "--epochs", 3)
+    flags = ("--resume", copy, "--epochs", 3)
+    if new:
+        flags = (*SMALL, "--run-dir", copy, "--overwrite")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))  # bytes in a file
     try:
@@ -670,8 +768,9 @@ def test_two_runs_in_one_folder(copy):
     """The second is refused as long as the first one lives, and not a moment longer."""
     before = contents(copy)
     first = train_single.FolderLock(copy)
+    words = ("another training run is writing", "wait for it")
     for flags in (("--resume", copy), (*SMALL, "--run-dir", copy, "--overwrite")):
-        assert_one_line(single(*flags), "another training run is writing", "wait for it")
+        assert_one_line(single(*flags), *words)
     assert contents(copy) == before
     first.file_lock.release()  # as the kernel does when a process ends
     assert single("--resume", copy)[0] == 0
@@ -683,10 +782,12 @@ class Evil:
 
 
 def other_layers(run):
-    torch.save(torch.load(run / "last.pt") | {"model": ResCapsNet().state_dict()}, run / "last.pt")
+    checkpoint = torch.load(run / "last.pt")
+    checkpoint["model"] = ResCapsNet().state_dict()
+    torch.save(checkpoint, run / "last.pt")
 
 
-# What is done to a run, and what the line says that refuses it
+# How a run is damaged, and what the error line must say
 DAMAGE = [
     (lambda run: (run / "last.pt").unlink(), "there is no run in"),
     (lambda run: os.truncate(run / "last.pt", 10_000), "last.pt is damaged"),
@@ -703,7 +804,7 @@ def test_a_damaged_checkpoint_is_refused(spoil, words, copy, monkeypatch):
     spoil(copy)
     before = contents(copy)
     assert_one_line(single("--resume", copy), words)
-    assert contents(copy) == before  # nothing lost, nothing made
+    assert contents(copy) == before  # nothing is lost, nothing is added
 
 
 @pytest.mark.parametrize(
@@ -718,22 +819,31 @@ def test_a_resumed_run_keeps_what_it_began_with(flag, copy):
 
 
 def test_a_moved_run_goes_on(copy, finished, monkeypatch):
-    """last.pt alone is needed; what may change is in --help. It is compiled from here on, by a
-    compiler that traces all but generates no code, which would take half a minute."""
+    """It needs only last.pt. --help says which settings may change.
+
+    It goes on compiled. To save half a minute, the compiler only traces the network: it
+    generates no code.
+    """
     traced = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    monkeypatch.setenv("CXX", sys.executable)  # there is a compiler, or so it seems
+    monkeypatch.setenv("CXX", sys.executable)  # it stands in for a compiler
     for name in ("metrics.csv", "config.json", "best.pt"):
         (copy / name).unlink()
-    assert single("--resume", copy)[0] == 0  # a finished run: its files are written again
+    # The run is finished, so only its files are written again.
+    assert single("--resume", copy)[0] == 0
     assert (copy / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
     flags = ("--epochs", 3, "--data-dir", "elsewhere", "--compile")
     code, printed, error = single("--resume", copy, *flags)
-    assert code == 0 and "epochs done: 2" in printed, error
+    assert code == 0, error
+    assert "epochs done: 2" in printed
     assert weights(copy).keys() == weights(finished).keys()  # no "_orig_mod."
-    config, rows = (copy / "config.json").read_text(), (copy / "metrics.csv").read_text()
-    assert {"epochs": 3, "data_dir": "elsewhere", "lr": 1e-3}.items() <= json.loads(config).items()
-    assert [line.split(",")[5] for line in rows.splitlines()] == ["lr", "0.001", "0.001", "0.0007"]
+    config = json.loads((copy / "config.json").read_text())
+    assert config["epochs"] == 3
+    assert config["data_dir"] == "elsewhere"
+    assert config["lr"] == 1e-3
+    rows = (copy / "metrics.csv").read_text().splitlines()
+    rates = [row.split(",")[5] for row in rows]
+    assert rates == ["lr", "0.001", "0.001", "0.0007"]
 
 
 def test_compiling_without_a_compiler_is_one_line(copy, monkeypatch):
@@ -773,7 +883,8 @@ def test_a_run_with_a_decoder_resumes_bit_for_bit(tmp_path):
     assert same_run(tmp_path / "whole", tmp_path / "broken")
     assert "decoder.layers.0.weight" in weights(tmp_path / "whole")
     change_settings(tmp_path / "whole", reconstruction=0.0)
-    assert_one_line(single("--resume", tmp_path / "whole"), "not a checkpoint of this network")
+    result = single("--resume", tmp_path / "whole")
+    assert_one_line(result, "not a checkpoint of this network")
 
 
 def test_weights_without_a_decoder_do_not_fit_one(copy):
@@ -785,7 +896,7 @@ def test_weights_without_a_decoder_do_not_fit_one(copy):
 
 @pytest.mark.parametrize("what", ["moved", "removed", "moved, and begun again"])
 def test_a_folder_that_is_no_longer_the_runs_own_is_not_written(what, tmp_path, monkeypatch):
-    """It happens while the run trains, after the run has locked the folder."""
+    """Somebody acts while the run trains, after the run has locked the folder."""
     folder = tmp_path / "run"
     validate = train_single.validate
     before = {}
@@ -821,7 +932,7 @@ def test_disks_without_locks_are_refused_in_one_line(tmp_path, monkeypatch):
     assert_one_line(result, "cannot be locked", "No locks available", "another disk")
 
 
-# Each wrapper spoils the product from outside: the scripts have no hooks for tests.
+# Each wrapper breaks a script from outside: the scripts have no hooks for tests.
 IN_EPOCH_2 = """
 import os, signal
 import capsules, train_single
@@ -860,33 +971,42 @@ STOPS = {  # name: (wrapper, exit code, finished epochs)
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """(folder, exit code, errors) of each of the STOPS; they run side by side."""
-    folder, jobs = tmp_path_factory.mktemp("stopped"), {}
-    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the cores to others
+    folder = tmp_path_factory.mktemp("stopped")
+    jobs = {}
+    # Threads that wait leave the cores to the other jobs.
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     for name, (wrapper, _, _) in STOPS.items():
         command = ("-c", wrapper, *SMALL, "--epochs", 2, "--run-dir", folder / name)
         jobs[name] = run_python(*command, start=True, env=env)
-    errors = {name: job.communicate(timeout=240)[1] for name, job in jobs.items()}
-    return {name: (folder / name, job.returncode, errors[name]) for name, job in jobs.items()}
+    results = {}
+    for name, job in jobs.items():
+        _, errors = job.communicate(timeout=240)
+        results[name] = (folder / name, job.returncode, errors)
+    return results
 
 
 @pytest.mark.parametrize("name", STOPS)
 def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
-    (run_dir, code, error), (_, expected_code, epochs) = stopped[name], STOPS[name]
+    run_dir, code, error = stopped[name]
+    _, expected_code, epochs = STOPS[name]
     assert code == expected_code, error
     if code > 0:
+        # The name of the folder has a space, so the command quotes it.
         command = f"stopped; to continue: python train_single.py --resume '{run_dir}'"
-        assert error.strip() == command  # there is a space in its name
+        assert error.strip() == command
     assert len(torch.load(run_dir / "last.pt")["history"]) == epochs
-    assert single("--resume", run_dir)[0] == 0 and same_run(run_dir, finished)
+    assert single("--resume", run_dir)[0] == 0
+    assert same_run(run_dir, finished)
     assert not list(run_dir.glob(".*.tmp"))
 
 
 def in_a_shell(line, **more):
-    """Run a line of sh that starts with `python`, which is this one."""
+    """Run a line of sh that starts with `python`; it means the Python of the tests."""
     line = line.replace("python", shlex.quote(sys.executable), 1)
     env = os.environ | {"PYTHONPATH": str(HERE)} | more.pop("env", {})
     command = ["sh", "-c", line]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, **more)
+    options = {"capture_output": True, "text": True, "env": env} | more
+    return subprocess.run(command, check=False, **options)
 
 
 SHORT = shlex.join(map(str, (HERE / "train_single.py", *SMALL, "--epochs", 1)))
@@ -901,13 +1021,14 @@ def test_closed_streams_do_not_stop_a_run(tmp_path):
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has /dev/full")
-    env = {"PYTHONUNBUFFERED": ""}  # Python writes when it is asked to flush, and at exit
-    done = in_a_shell(f"python {SHORT} --run-dir run > /dev/full", cwd=tmp_path, env=env)
+    env = {"PYTHONUNBUFFERED": ""}  # Python writes only when it flushes, and at exit
+    line = f"python {SHORT} --run-dir run > /dev/full"
+    done = in_a_shell(line, cwd=tmp_path, env=env)
     assert_one_line((done.returncode, done.stdout, done.stderr), "No space left")
 
 
 def test_any_name_of_a_run_folder_works(tmp_path):
-    """A name like a flag, which stdout cannot show; and no warning comes at the end."""
+    """The name looks like a flag, and stdout cannot show it. There is no warning."""
     env = {"PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error"}
     trained = in_a_shell(f"python {SHORT} --run-dir=-ä", cwd=tmp_path, env=env)
     assert trained.returncode == 0, trained.stderr
@@ -916,7 +1037,7 @@ def test_any_name_of_a_run_folder_works(tmp_path):
 
 
 def test_a_notebook_keeps_its_own_handler_of_interrupts(monkeypatch):
-    """Also if the run was interrupted. `leave` is called at the very end."""
+    """This holds even if the run is interrupted. `leave` is called at the very end."""
     handlers = []
     before = signal.getsignal(signal.SIGINT)
 
@@ -925,34 +1046,48 @@ def test_a_notebook_keeps_its_own_handler_of_interrupts(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_single, "keep_freed_memory", lambda: None)
-    leave = mock.Mock(side_effect=lambda code: handlers.append(signal.getsignal(signal.SIGINT)))
+
+    def note_handler(code):
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    leave = mock.Mock(side_effect=note_handler)
     train_single.run_main(main, leave=leave)
     leave.assert_called_once_with(130)
     assert handlers == [before]
 
 
-@pytest.mark.parametrize(("call_number", "part"), [(9, "training"), (14, "validation")])
+PARTS = [(9, "training"), (14, "validation")]
+
+
+@pytest.mark.parametrize(("call_number", "part"), PARTS)
 def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, monkeypatch):
-    """6 training steps and 1 batch of validation an epoch: both calls are in epoch 2."""
-    real, calls = capsules.margin_loss, []
+    """With 6 training steps and 1 validation batch an epoch, both are in epoch 2."""
+    real = capsules.margin_loss
+    calls = []
 
     def margin_loss(*arguments):
         calls.append(1)
-        return real(*arguments) * (math.nan if len(calls) == call_number else 1)
+        loss = real(*arguments)
+        if len(calls) == call_number:
+            loss = loss * math.nan
+        return loss
 
     monkeypatch.setattr(capsules, "margin_loss", margin_loss)
     result = single(*SMALL, "--epochs", 2, "--run-dir", tmp_path)
     assert_one_line(result, "the loss is nan", "--lr", "--precision bf16")
     assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
-    assert part == "validation" or len(calls) < 14  # stopped before the validation
+    if part == "training":
+        assert len(calls) < 14  # it stopped before the validation
 
 
 def test_best_is_the_earliest_of_equal_epochs():
     run = new_run(model="alexcaps")
+    trained = torch.tensor([50.0, 1, 2])  # loss, hits, images
     for hits in (90, 95, 95, 94):
         run.optimizer.step()
-        run.finish_epoch(torch.tensor([50.0, 1, 2]), torch.tensor([5.0, hits, 100]), 1.234)
-    assert run.best["epoch"] == 2 and run.best is run.history[1]
+        run.finish_epoch(trained, torch.tensor([5.0, hits, 100]), 1.234)
+    assert run.best["epoch"] == 2
+    assert run.best is run.history[1]
     assert [row["lr"] for row in run.history] == [1e-3, 1e-3, 7e-4, 7e-4]
     assert list(run.history[0].values()) == [1, 25.0, 50.0, 0.05, 90.0, 1e-3, 1.23]
 
@@ -963,12 +1098,14 @@ class Terminal(io.StringIO):
 
 
 def test_the_bar_moves_with_every_step_and_looks_are_rare(monkeypatch):
-    """6 steps of training and one of validation, on a terminal; a look at each 4th step and
-    at the last one."""
+    """Train for 6 steps on a terminal. Figures appear at the 4th and at the last."""
     monkeypatch.setattr(train_single, "SHOW_EVERY", 4)
-    monkeypatch.setattr(train_single, "tqdm", functools.partial(train_single.tqdm, mininterval=0))
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    monkeypatch.setattr(train_single, "show", show := mock.Mock(wraps=train_single.show))
+    tqdm = functools.partial(train_single.tqdm, mininterval=0)
+    monkeypatch.setattr(train_single, "tqdm", tqdm)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    show = mock.Mock(wraps=train_single.show)
+    monkeypatch.setattr(train_single, "show", show)
     run = new_run(model="alexcaps", dataset="digits", train_size=96, batch_size=16)
     train_set, validation_set = train_single.make_datasets(run.config, CPU)
     train_single.train_one_epoch(run, train_set)
@@ -980,26 +1117,44 @@ def test_the_bar_moves_with_every_step_and_looks_are_rare(monkeypatch):
     assert "validation" in terminal.getvalue()
 
 
-# -- A device that cannot be read: what a GPU would not forgive, found without one -----------------
+# -- A device without numbers: it finds CPU-GPU sync points without a GPU --------------------------
 
 
 def test_nothing_reads_the_device_but_the_looks(monkeypatch):
-    """Tensors on "meta" have shapes but no numbers: .item(), an `if` on one, a mask and most of
-    what mixes it with the CPU fail. Uploads it does not see."""
-    meta, looks, downloads = torch.device("meta"), [], []
-    monkeypatch.setattr(torch, "autocast", mock.MagicMock())  # does not know it
+    """Tensors on "meta" have shapes but no numbers.
+
+    So .item(), an `if`, a mask and most operations that mix "meta" with the CPU fail.
+    Only uploads go unnoticed.
+    """
+    meta = torch.device("meta")
+    looks = []
+    downloads = []
+    monkeypatch.setattr(torch, "autocast", mock.MagicMock())  # it does not know "meta"
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *a, fused, **k: adam(*a, **k))
-    read = torch.Tensor.tolist  # of what is on the CPU, as the sampler's permutation
-    look = lambda x: looks.append(x) or [1, 1, 1] if x.device == meta else read(x)
-    monkeypatch.setattr(torch.Tensor, "tolist", look)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: downloads.append(x) or torch.empty(x.shape))
+    real_tolist = torch.Tensor.tolist
+
+    def tolist(x):
+        if x.device != meta:  # for example the sampler's permutation
+            return real_tolist(x)
+        looks.append(x)
+        return [1, 1, 1]
+
+    def cpu(x):
+        downloads.append(x)
+        return torch.empty(x.shape)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(train_single, "VALIDATION_BATCH", 50)  # of 200 images: 4 steps
-    run = new_run(meta, model="alexcaps", dataset="digits", train_size=96, batch_size=16)
+    settings = {"dataset": "digits", "train_size": 96, "batch_size": 16}
+    run = new_run(meta, model="alexcaps", **settings)
     train_set, validation_set = train_single.make_datasets(run.config, meta)
     trained = train_single.train_one_epoch(run, train_set)
     validated = train_single.validate(run.model, validation_set)
-    assert trained.device == validated.device == meta == next(run.model.parameters()).device
+    assert trained.device == meta
+    assert validated.device == meta
+    assert next(run.model.parameters()).device == meta
     assert len(looks) == 1  # after the last of 6 steps
     assert downloads == []
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
@@ -1020,11 +1175,12 @@ train_ddp.leave(0)
 
 
 def digits_run(network, accumulation=1, batch_size=32, images=192, reconstruction=0.0):
-    """A run that trains by SGD with frozen BatchNorm, its first digits, and 51 held out: an odd
-    number, which two ranks do not divide.
+    """A run with SGD and frozen BatchNorm, its training set, and 51 held-out digits.
 
-    SGD, because Adam divides gradients by their size: it would turn the rounding of gradients that
-    are zero into whole steps. Frozen, because each rank's BatchNorm sees only its own half.
+    51 is odd, so that two ranks cannot share the digits evenly. The optimizer is SGD,
+    because Adam divides gradients by their size: it would turn the rounding error of a
+    zero gradient into a whole step. BatchNorm is frozen, because each rank's BatchNorm
+    sees only its own half of a batch.
     """
     run = new_run(
         model=network,
@@ -1034,19 +1190,23 @@ def digits_run(network, accumulation=1, batch_size=32, images=192, reconstructio
         batch_size=batch_size,
         reconstruction=reconstruction,
     )
-    lr = 1.0 if images < 100 else 0.01  # a step of 1.0: the parameters move by their gradient
+    lr = 0.01
+    if images < 100:
+        lr = 1.0  # the parameters move by exactly their gradient
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=lr)
     for module in run.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
     train_set, held_out = train_single.make_datasets(run.config, CPU)
-    held_out = data.DigitBatches(held_out.images[:51], held_out.labels[:51], run.model, CPU)
+    few_images = held_out.images[:51]
+    few_labels = held_out.labels[:51]
+    held_out = data.DigitBatches(few_images, few_labels, run.model, CPU)
     return run, train_set, held_out
 
 
-# (network, accumulation steps, batch size per rank, images, weight of the reconstruction):
-# all equal one process at batch 64. In the fourth, each rank has batches of 16, 16 and 5: a
-# group of two and then a group of one.
+# (network, accumulation steps, batch size per rank, images, reconstruction weight).
+# Each case must equal one process with batch size 64. In the fourth case, each rank has
+# batches of 16, 16 and 5: a group of two and then a group of one.
 CASES = [
     ("alexcaps", 1, 32, 64, 0.0),
     ("alexcaps", 2, 16, 192, 0.0),
@@ -1063,11 +1223,17 @@ def train_cases(out):
         run, train_set, held_out = digits_run(*case)
         trained = train_ddp.train_one_epoch(run, train_ddp.wrap(run), train_set)
         validated = train_ddp.validate(run.model, held_out)
-        results.append(([p.detach() for p in run.model.parameters()], trained, validated))
+        parameters = [p.detach() for p in run.model.parameters()]
+        results.append((parameters, trained, validated))
     run, train_set, held_out = digits_run("rescaps", images=128)
-    run.model, dtypes = ResCapsNet(), set()  # its BatchNorm is not frozen: it differs by rank
+    run.model = ResCapsNet()  # its BatchNorm is not frozen: it differs by rank
     run.config["precision"] = "bf16"
-    hook = run.model.primary.conv.register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    dtypes = set()
+
+    def note_dtype(module, inputs, output):
+        dtypes.add(output.dtype)
+
+    hook = run.model.primary.conv.register_forward_hook(note_dtype)
     train_ddp.train_one_epoch(run, train_ddp.wrap(run), train_set)
     hook.remove()
     results.append((run.model, train_ddp.validate(run.model, held_out), dtypes))
@@ -1083,13 +1249,14 @@ def train_cases(out):
 def test_two_ranks_equal_one_process(tmp_path):
     process = torchrun("-c", WORKER, "train_cases", tmp_path / "out.pt")
     assert process.returncode == 0, process.stderr
-    *results, (model, validated, dtypes) = torch.load(tmp_path / "out.pt", weights_only=False)
+    results = torch.load(tmp_path / "out.pt", weights_only=False)
+    model, validated, dtypes = results.pop()
     for case, (parameters, *sums) in zip(CASES, results, strict=True):
         network, _, _, images, reconstruction = case
         run, train_set, held_out = digits_run(network, 1, 64, images, reconstruction)
         start = [p.detach().clone() for p in run.model.parameters()]
         trained = train_single.train_one_epoch(run, train_set)
-        expected_sums = trained, train_single.validate(run.model, held_out)
+        expected_sums = (trained, train_single.validate(run.model, held_out))
         for p, q, s in zip(parameters, run.model.parameters(), start, strict=True):
             largest = (q.detach() - s).abs().max().item()
             assert largest > 1e-5, case
@@ -1099,13 +1266,16 @@ def test_two_ranks_equal_one_process(tmp_path):
                 torch.testing.assert_close(p - s, q.detach() - s, rtol=1e-4, atol=atol)
             else:  # three steps: parameters
                 torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-6)
-        for ours, theirs in zip(sums, expected_sums, strict=True):  # of training, of validation
+        # of training, then of validation
+        for ours, theirs in zip(sums, expected_sums, strict=True):
             assert ours[1:].tolist() == theirs[1:].tolist(), case
             assert ours[0].item() == pytest.approx(theirs[0].item(), abs=2e-4)
     assert dtypes == {torch.bfloat16}
-    # validation is that of rank 0's model, in float32
-    expected = train_single.validate(model, digits_run("rescaps")[2])
-    assert validated[1:].tolist() == expected[1:].tolist() and validated[2] == 51
+    # The validation is that of rank 0's model, in float32.
+    _, _, held_out = digits_run("rescaps")
+    expected = train_single.validate(model, held_out)
+    assert validated[1:].tolist() == expected[1:].tolist()
+    assert validated[2] == 51
     assert validated[0].item() == pytest.approx(expected[0].item(), abs=1e-4)
 
 
@@ -1122,9 +1292,9 @@ def undisturbed(tmp_path_factory):
     return run_dir
 
 
-# Rank 1 dies in these calls of the margin loss in its first start, in its second, ... An epoch
-# has 3 steps and 1 batch of validation. In call 5 rank 0 may still be saving epoch 1; call 6
-# comes after a step that both took together.
+# The list says in which call of the margin loss rank 1 dies: in its first start, in its
+# second, ... An epoch has 3 steps and 1 validation batch. In call 5, rank 0 may still be
+# saving epoch 1. Call 6 comes after a step that both took together.
 KILL_RANK_1 = """
 import os, signal
 import capsules, train_ddp
@@ -1140,7 +1310,7 @@ train_ddp.train_single.run_main(train_ddp.main, train_ddp.RANK > 0, train_ddp.le
 """
 
 
-# Rank 0 dies in its first start, before it gives a file its name, in the first save.
+# Rank 0 dies in its first start, in the first save, before it gives this file its name.
 KILL_RANK_0 = """
 import os, signal
 import train_ddp
@@ -1197,7 +1367,8 @@ def test_a_killed_rank_is_restarted_to_the_same_weights(name, restarted, undistu
 
 
 def test_a_dying_rank_ends_the_job(tmp_path):
-    process = torchrun("-c", KILL_RANK_1.format([2]), *SMALL, "--run-dir", tmp_path, timeout=60)
+    script = ("-c", KILL_RANK_1.format([2]), *SMALL, "--run-dir", tmp_path)
+    process = torchrun(*script, timeout=60)
     assert process.returncode == 1
     assert "SIGKILL" in process.stderr
     assert torch.load(tmp_path / "last.pt")["history"] == []
@@ -1207,37 +1378,47 @@ def test_a_resumed_torchrun_is_stopped(undisturbed, tmp_path):
     run_dir = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     command = ("train_ddp.py", "--resume", run_dir, "--epochs", 500)
     job = torchrun(*command, start=True)
-    while not (line := job.stdout.readline()).startswith("epoch "):
+    line = job.stdout.readline()
+    while not line.startswith("epoch "):
         assert job.poll() is None
+        line = job.stdout.readline()
     assert line.startswith("epoch  3/500")
     job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode != 0
     command = f"to continue: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
-    assert error.count(command) == 1 and '/train_ddp.py", line' not in error, error
+    assert error.count(command) == 1, error
+    assert '/train_ddp.py", line' not in error, error
     assert len(torch.load(run_dir / "last.pt")["history"]) >= 3
 
 
 def test_two_agents_are_two_machines(undisturbed, tmp_path):
-    """Two torchrun agents of one rank each, as on two machines, meet over c10d; a rank dies in
-    epoch 2, and both agents start theirs again."""
+    """Two torchrun agents with one rank each, as on two machines, meet over c10d.
+
+    A rank dies in epoch 2, and both agents restart their rank.
+    """
     with socket.create_server(("localhost", 0)) as free:
         place = f"localhost:{free.getsockname()[1]}"
-    launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--max-restarts=1"]
-    launcher += [f"--rdzv-endpoint={place}", "--rdzv-id=two-agents", "--no-python"]
-    script = (sys.executable, "-c", KILL_RANK_1.format([6]), *TWO_RANKS, "--run-dir", tmp_path)
-    threads = os.environ | {"OMP_NUM_THREADS": "2"}  # each agent believes to be alone
+    launcher = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--no-python"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-id=two-agents"]
+    launcher += [f"--rdzv-endpoint={place}"]
+    code = KILL_RANK_1.format([6])
+    script = (sys.executable, "-c", code, *TWO_RANKS, "--run-dir", tmp_path)
+    threads = os.environ | {"OMP_NUM_THREADS": "2"}  # each agent thinks it is alone
     command = ("-m", "torch.distributed.run", *launcher, *script)
     jobs = [run_python(*command, start=True, env=threads) for _ in range(2)]
     outputs = [job.communicate(timeout=240) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert any("epochs done: 1" in printed for printed, _ in outputs)
-    for a, b in zip(weights(tmp_path).values(), weights(undisturbed).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # other threads per rank
+    ours = weights(tmp_path).values()
+    theirs = weights(undisturbed).values()
+    for a, b in zip(ours, theirs, strict=True):
+        # The number of threads differs, and with it the rounding.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_mistake_under_torchrun_is_printed_once(copy):
-    """By rank 0, even if that is the last to find it. The jobs run side by side."""
+    """Rank 0 prints it, even if it finds it last. The jobs run side by side."""
     before = contents(copy)
     late = 'import os, runpy, time; os.environ["RANK"] > "0" or time.sleep(3)'
     jobs = {}
@@ -1270,20 +1451,26 @@ def test_a_mistake_under_torchrun_is_printed_once(copy):
 )
 def test_wrong_use_of_train_ddp(flags, words, tmp_path, monkeypatch):
     """As if there were two GPUs that PyTorch cannot use."""
-    monkeypatch.setattr(train_single, "find_device", lambda name: torch.device(name or "cuda"))
+
+    def find_device(name):
+        return torch.device(name or "cuda")
+
+    monkeypatch.setattr(train_single, "find_device", find_device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert_one_line(ddp(*ALEX, *flags.split(), "--run-dir", tmp_path / "run"), words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_and_two_keep_apart(copy, undisturbed, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "1")  # left over from something else: not believed alone
+    monkeypatch.setenv("RANK", "1")  # RANK alone is a stale variable
     assert runpy.run_path(str(HERE / "train_ddp.py"))["RANK"] == 0
     monkeypatch.setenv("HOME", str(tmp_path))  # the shell leaves ~ as it is after "="
     code, printed, _ = ddp(*TWO_RANKS, "--epochs", 1, "--run-dir=~/run")
-    assert code == 0 and "AlexCapsNet in fp32 on" in printed
+    assert code == 0
+    assert "AlexCapsNet in fp32 on" in printed
     one = torch.load(tmp_path / "run" / "last.pt")["history"][0]
-    assert one["val_loss"] == torch.load(copy / "last.pt")["history"][0]["val_loss"]
+    other = torch.load(copy / "last.pt")["history"][0]
+    assert one["val_loss"] == other["val_loss"]
     assert_one_line(ddp("--resume", copy), "train_single.py with 1 process")
     assert_one_line(ddp("--resume", undisturbed), "train_ddp.py with 2 processes")
 
@@ -1314,12 +1501,13 @@ def test_precision_follows_the_cpu(flags, has_bf16, chosen, word, tmp_path, monk
 def test_bfloat16_is_read_from_the_cpus_flags(monkeypatch):
     for name, there in (("avx512_bf16", True), ("amx_bf16", True), ("avx512_f", False)):
         flags = {name: True, "avx2": True, "avx512_bf16_not": False}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        ask = mock.Mock(return_value=flags)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", ask, raising=False)
         assert train_ddp.cpu_has_bfloat16() == there, name
     absent = {"avx512_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: absent)
     assert not train_ddp.cpu_has_bfloat16()
-    # without that function, Linux tells: here an older and a newer processor
+    # Without that function, Linux tells. Here are an older and a newer processor.
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     for text, there in (("flags : fpu avx2", False), ("flags : avx512_bf16", True)):
         monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
@@ -1343,10 +1531,14 @@ def test_stale_rank_variables_are_said_and_can_be_interrupted(signal_number, tmp
 
 
 def test_threads_of_a_rank(monkeypatch):
-    """1 is torchrun's default, which wastes cores; another number, or 1 alone, is the user's."""
+    """1 thread under torchrun is its default, and wastes cores.
+
+    Another number, or 1 without torchrun, is the user's choice.
+    """
     monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", asked := mock.Mock())
+    asked = mock.Mock()
+    monkeypatch.setattr(torch, "set_num_threads", asked)
     for launched, threads in ((True, "1"), (True, "3"), (False, "1")):
         monkeypatch.setattr(train_ddp, "LAUNCHED", launched)
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
@@ -1362,7 +1554,7 @@ def test_threads_of_a_rank(monkeypatch):
 
 
 def test_metrics_by_hand():
-    """Two images of each digit, all right but one 4, which is mistaken for a 9."""
+    """Two images of each digit. All are right except a 4, which is mistaken for a 9."""
     labels = np.repeat(np.arange(10), 2)
     lengths = np.full((20, 10), 0.1)
     lengths[np.arange(20), labels] = 0.9
@@ -1380,16 +1572,16 @@ def test_metrics_by_hand():
 
 
 def test_wilson_interval():
-    """Textbook values, and an interval of some width even where nothing is wrong."""
+    """Textbook values. The interval has some width even if every answer is right."""
     assert evaluate.wilson(19, 20) == pytest.approx((76.39, 99.11), abs=0.01)
     assert evaluate.wilson(10, 10) == pytest.approx((72.25, 100), abs=0.01)
 
 
 def test_maps_and_histograms_of_couplings_by_hand():
-    """A network of 2x2 places with two primary capsules each, and two images of each digit."""
+    """The network has 2x2 places with two capsules each, and sees two of each digit."""
     start = torch.full((20, 10, 8), 0.1)  # [B, J, N]
     end = start.clone()
-    end[6, 3, 4] = 0.9  # of the first 3, one of the capsules of place 2, to digit 3
+    end[6, 3, 4] = 0.9  # from the first 3, one capsule at place 2, to digit 3
     network = mock.Mock(side=28, mean=0.0, std=1.0, map_side=2)
     network.return_value = (None, [start, end])
     network.parameters.return_value = iter([start])
@@ -1409,17 +1601,18 @@ def test_maps_and_histograms_of_couplings_by_hand():
 
 @both_networks
 def test_places_of_the_map(network):
-    """map_side is the side of the primary capsules' map, place_width their convolution's stride."""
+    """map_side is the side of the primary capsules' map. place_width is the stride."""
     model = network()
+    image = torch.zeros(1, 1, model.side, model.side)
     with torch.no_grad():
-        maps = model.primary.conv(model.features(torch.zeros(1, 1, model.side, model.side)))
+        maps = model.primary.conv(model.features(image))
     assert maps.shape[2:] == (model.map_side, model.map_side)
     if model.place_width is not None:
         assert model.primary.conv.stride == (model.place_width, model.place_width)
 
 
 def test_accuracy_at_each_angle(monkeypatch):
-    """Ten digits, of which all are right at 30 degrees. At other angles all look like zeros."""
+    """At 30 degrees all ten digits are right. At other angles all look like zeros."""
 
     def predict(model, images, angle, title):
         return torch.eye(10) * (angle == 30)
@@ -1490,7 +1683,8 @@ def test_descriptions_differ_exactly_if_settings_do():
 
 
 def test_descriptions_read_well():
-    assert described(1, epochs=1, world_size=1) == "AlexCapsNet, 1 process in bf16, 1 epoch"
+    text = described(1, epochs=1, world_size=1)
+    assert text == "AlexCapsNet, 1 process in bf16, 1 epoch"
     assert described(7).endswith(", 7 of 20 epochs")
     changes = {"script": "single", "device": "cuda", "lr": 0.01, "train_images": 6000}
     text = described(**changes)
@@ -1499,7 +1693,7 @@ def test_descriptions_read_well():
 
 @pytest.fixture(scope="module")
 def reported(finished, tmp_path_factory):
-    """The finished run, evaluated; and what that printed."""
+    """The finished run, evaluated, and what the evaluation printed."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run"))
     torch.set_float32_matmul_precision("high")  # as training does on a GPU
     code, printed, error = evaluated(run, "--device", "cpu")
@@ -1513,9 +1707,10 @@ def with_decoder(tmp_path_factory):
     """A run with a decoder, evaluated."""
     run = tmp_path_factory.mktemp("decoder") / "run"
     flags = ("--epochs", 1, "--reconstruction", 20, "--run-dir", run)
-    for script, *given in ((single, *SMALL, *flags), (evaluated, run, "--device", "cpu")):
-        code, _, error = script(*given)
-        assert code == 0, error
+    code, _, error = single(*SMALL, *flags)
+    assert code == 0, error
+    code, _, error = evaluated(run, "--device", "cpu")
+    assert code == 0, error
     return run
 
 
@@ -1532,7 +1727,7 @@ def archived(run, folder, **changes):
 
 
 def archived_with_weights(run, folder):
-    """An archive that also has weights.pt, and the network that these weights are of."""
+    """An archive that also has weights.pt, and the network from which they come."""
     archived(run, folder)
     network = evaluate.load_network(evaluate.read_run(run), CPU)
     (folder / "weights.pt").write_bytes(evaluate.half_weights(network))
@@ -1540,7 +1735,7 @@ def archived_with_weights(run, folder):
 
 
 def test_a_report_says_what_the_network_does(reported):
-    """Every test image counts once, on another path through the network."""
+    """Every test image counts once. The expected figures are computed another way."""
     run, printed = reported
     model = AlexCapsNet().eval()
     model.load_state_dict(weights(run, "best.pt"))
@@ -1560,11 +1755,12 @@ def test_a_report_says_what_the_network_does(reported):
     assert np.sum(report["confusion"]) == 360
     assert report["errors"] == (predicted != labels).sum()
     assert f"test accuracy {report['accuracy']:.2f} %" in printed
-    # The printed precision of a digit: how many of those predicted are right
+    # The printed precision of a digit is the share of its predictions that are right.
     for digit in range(10):
         chosen = labels[predicted == digit]
         precision = (chosen == digit).float().mean() if len(chosen) else 0
-        assert re.search(rf"^ +{digit} +{precision:.4f} ", printed, re.MULTILINE), printed
+        line = rf"^ +{digit} +{precision:.4f} "
+        assert re.search(line, printed, re.MULTILINE), printed
 
 
 PICTURES = ("confusion_matrix", "curves", "mistakes", "roc", "rotation", "routing")
@@ -1573,9 +1769,11 @@ REDRAWN = ("perturbations", "reconstructions")
 
 def test_pictures_fit_a_slide(reported, with_decoder):
     """Both kinds of runs have the pictures that they should have, and none is blank."""
-    assert sorted(p.stem for p in reported[0].glob("*.png")) == sorted(PICTURES)
-    assert sorted(p.stem for p in with_decoder.glob("*.png")) == sorted(PICTURES + REDRAWN)
-    for file in (*reported[0].glob("*.png"), *with_decoder.glob("*.png")):
+    pictures = list(reported[0].glob("*.png"))
+    assert {file.stem for file in pictures} == {*PICTURES}
+    more_pictures = list(with_decoder.glob("*.png"))
+    assert {file.stem for file in more_pictures} == {*PICTURES, *REDRAWN}
+    for file in (*pictures, *more_pictures):
         with Image.open(file) as picture:
             assert 600 <= picture.width <= 1600, file
             assert 300 <= picture.height <= 1500, file
@@ -1602,7 +1800,7 @@ def test_a_plain_network_is_a_dashed_line(reported):
 
 
 def test_an_archive_is_redrawn_elsewhere(reported, tmp_path, monkeypatch):
-    """Without weights, from what was kept: the same pictures, and the archive stays as it is."""
+    """Without weights, the same pictures are drawn. The archive stays as it is."""
     run, printed = reported
     archive = archived(run, tmp_path / "results" / "name")
     before = contents(archive)
@@ -1611,7 +1809,8 @@ def test_an_archive_is_redrawn_elsewhere(reported, tmp_path, monkeypatch):
     code, again, error = evaluated(archive)
     assert code == 0, error
     assert contents(archive) == before
-    assert again.splitlines()[:-1] == printed.splitlines()[:-1]  # but for "written to"
+    # Only the last line, "written to", differs.
+    assert again.splitlines()[:-1] == printed.splitlines()[:-1]
     redrawn = contents(tmp_path / "runs" / "name-evaluated")
     assert sorted(redrawn) == sorted(f"{name}.png" for name in PICTURES)
     for name, picture in redrawn.items():
@@ -1647,16 +1846,18 @@ figure.facecolor: red
 
 
 def test_pictures_ignore_the_users_matplotlib(reported, tmp_path):
-    """With settings of their own, in a file and in MPLBACKEND: the same bytes."""
+    """Settings in a file and in MPLBACKEND do not change a byte."""
     archive = archived(reported[0], tmp_path / "archive")
     (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)
-    settings = {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "nonsense"}
+    settings = {"MPLBACKEND": "nonsense"}
+    settings["MATPLOTLIBRC"] = str(tmp_path / "matplotlibrc")
     out = tmp_path / "out"
     command = ("evaluate.py", archive, "--out", out)
     result = run_python(*command, env=os.environ | settings)
     assert result.returncode == 0, result.stderr
     for name in PICTURES:
-        same = (out / f"{name}.png").read_bytes() == (reported[0] / f"{name}.png").read_bytes()
+        expected = (reported[0] / f"{name}.png").read_bytes()
+        same = (out / f"{name}.png").read_bytes() == expected
         assert same, name
 
 
@@ -1664,8 +1865,8 @@ def test_seeds_make_one_row(reported, tmp_path):
     """Three seeds, trained on three machines, and a run with another learning rate."""
     folders = []
     for seed, accuracy in enumerate((99.0, 99.2, 99.7)):
-        hardware = f"{seed} CPU threads"
-        folder = archived(reported[0], tmp_path / str(seed), seed=seed, hardware=hardware)
+        settings = {"seed": seed, "hardware": f"{seed} CPU threads"}
+        folder = archived(reported[0], tmp_path / str(seed), **settings)
         edit_json(folder / "report.json", accuracy=accuracy)
         folders.append(folder)
     other = {"lr": 0.01, "device": "cuda"}
@@ -1677,7 +1878,7 @@ def test_seeds_make_one_row(reported, tmp_path):
         rows = {row["n"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"1", "3"}
     assert float(rows["3"]["accuracy"]) == pytest.approx(99.3)
-    # The squared distances to 99.3 are 0.09, 0.01 and 0.16; their sum is divided by n - 1 = 2.
+    # The squared distances to 99.3 are 0.09, 0.01 and 0.16: divide their sum by n - 1.
     assert float(rows["3"]["accuracy_std"]) == pytest.approx(math.sqrt(0.13))
     assert rows["1"]["accuracy_std"] == ""
     assert "GPU, batch size 16, lr 0.01" in rows["1"]["name"]
@@ -1701,7 +1902,7 @@ def shorter(array):
 
 
 def other_answers(array):
-    """The lengths of a run that answers 9 to what this one answers 0, ..."""
+    """The lengths of a run that answers 9 where this one answers 0, ..."""
     return array[:, ::-1]
 
 
@@ -1731,7 +1932,7 @@ def lengths(spoil):
 
 DEEP = b"[" * 100_000
 ZEROS = np.zeros((360, 10), np.float32)
-# What is done to a file of an archive, and what the line must say
+# How a file of an archive is damaged, and what the error line must say
 SPOILT = [
     ("config.json", None, "holds no run"),
     ("config.json", lambda content: b"", "damaged"),
@@ -1804,7 +2005,7 @@ SPOILT = [
 
 
 def test_a_damaged_archive_is_one_line(reported, tmp_path, monkeypatch):
-    """Whatever file of it is damaged, and however: one line, which names what is wrong."""
+    """Whatever file is damaged, and however: one line says what is wrong."""
     monkeypatch.setattr(evaluate, "save_pictures", mock.Mock())
     archive = archived(reported[0], tmp_path / "archive")
     flags = ("--out", tmp_path / "out")
@@ -1826,19 +2027,21 @@ def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
     run = Path(shutil.copytree(reported[0], tmp_path / "run"))
     assert_one_line(evaluated(run, run), "given twice")
     with open(run / "metrics.csv", "a") as file:
-        file.write("3,0.1,99,0.1,99.9,0.001,1\n")  # best.pt is no longer of the best epoch
-    assert_one_line(evaluated(run), "not of the best epoch", "resume the run first")
+        file.write("3,0.1,99,0.1,99.9,0.001,1\n")  # a better epoch than best.pt's
+    words = "does not match metrics.csv's best epoch"
+    assert_one_line(evaluated(run), words, "resume the run first")
     hint = f"evaluate.py {run}"
     assert_one_line(evaluated(run, reported[0]), "no report of its best epoch", hint)
 
 
 def test_pictures_compare_whole_runs(monkeypatch):
-    """As lines over epochs and over time, an epoch as long as the fastest."""
+    """Accuracy is drawn over epochs and over time, at the fastest epoch's speed."""
     runs = []
     for accuracies in ((90, 98), (94, 94)):
         history = [{"val_accuracy": accuracy} for accuracy in accuracies]
         runs.append({"config": DDP_CONFIG | {"epochs": 2}, "history": history})
-    whole = {"n": 2, "epochs": 2, "seconds": 30, "runs": runs, "hardware": "2 CPU threads"}
+    whole = {"n": 2, "epochs": 2, "seconds": 30, "runs": runs}
+    whole["hardware"] = "2 CPU threads"
     stopped = whole | {"epochs": 9}
     save = mock.Mock()
     monkeypatch.setattr(evaluate, "save", save)
@@ -1854,8 +2057,10 @@ def test_pictures_compare_whole_runs(monkeypatch):
 
 
 class Drawer(torch.nn.Module):
-    """A network that one can check by hand. Its answer to an image is the digit that the
-    first pixel names. Each capsule is [j, 0, 0], except that the longest one has a 1 last."""
+    """A network that one can check by hand. Its answer to an image is the first pixel.
+
+    Capsule j is [j, 0, 1] if j is the answer, and otherwise [j, 0, 0].
+    """
 
     side = 28
     mean = 0.0
@@ -1890,7 +2095,7 @@ class Drawer(torch.nn.Module):
 
 
 def image_of(answers):
-    """Images that a Drawer answers so."""
+    """Images to which a Drawer gives these answers."""
     images = torch.zeros(len(answers), 28, 28, dtype=torch.uint8)
     images[:, 0, 0] = torch.tensor(answers)
     return images
@@ -1929,7 +2134,7 @@ def test_reconstructions_by_hand():
 
 
 def test_perturbations_by_hand():
-    """Number 1 of a capsule changes the drawing most: by 0.9 for each 1."""
+    """Number 1 of a capsule changes the drawing most: by 0.9 per unit."""
     labels = torch.arange(10)
     figure, _ = evaluate.draw_perturbations(Drawer(), image_of(range(10)), labels)
     evaluate.plt.close(figure)
@@ -1953,7 +2158,7 @@ def test_an_archive_with_weights_draws_what_its_capsules_know(with_decoder, tmp_
     assert code == 0, error
     assert contents(archive) == before
     assert sorted(p.stem for p in out.glob("*")) == sorted(REDRAWN)
-    # The network is the same but for rounding, and computes in float32.
+    # The network is the same except for rounding, and computes in float32.
     loaded = evaluate.load_network(evaluate.read_run(archive), CPU)
     for name, tensor in network.state_dict().items():
         other = loaded.state_dict()[name]
@@ -1971,7 +2176,7 @@ def test_rounded_weights_are_used_only_without_best(with_decoder, tmp_path):
 
 
 def test_an_archive_reads_own_digits_elsewhere(with_decoder, tmp_path, monkeypatch):
-    """In results/ nothing changes. Without weights there is a line that says so."""
+    """Nothing changes in results/. If the weights are missing, one line says so."""
     archive, _ = archived_with_weights(with_decoder, tmp_path / "results" / "name")
     before = contents(archive)
     pixels = np.full((60, 60), 255, dtype=np.uint8)
@@ -2008,7 +2213,7 @@ def saved(value):
 
 
 class AnyCode:
-    """Loading its pickle leaves the program with exit code 7."""
+    """Loading its pickle ends the program with exit code 7."""
 
     def __reduce__(self):
         return sys.exit, (7,)
@@ -2057,37 +2262,44 @@ def test_a_decoder_too_many_or_too_few_is_one_line(reported, with_decoder, tmp_p
 
 
 def test_own_digits_become_mnists(tmp_path, reported):
-    """A 7, off-centre, in any size and colour format: the same 28x28 picture of it."""
+    """An off-centre 7 in any size and colour format becomes the same 28x28 picture."""
     pixels = np.full((90, 140), 250, dtype=np.uint8)
     pixels[20:26, 70:100] = 10  # its bar
     for y in range(26, 70):
         pixels[y, 97 - (y - 26) // 2 : 103 - (y - 26) // 2] = 10
     light = Image.fromarray(pixels)
-    images = {"dark": light, "light": Image.fromarray(255 - pixels), "rgb": light.convert("RGB")}
+    images = {"dark": light, "light": Image.fromarray(255 - pixels)}
+    images["rgb"] = light.convert("RGB")
     images["deep"] = Image.fromarray(pixels.astype(np.uint16) * 256)
     images["palette"] = light.convert("P")
-    for colour in ("black", "white"):  # ink on nothing
+    for colour in ("black", "white"):  # ink on transparent paper
         images[colour] = Image.new("RGBA", light.size, colour)
         images[colour].putalpha(Image.fromarray(255 - pixels))
     seen = {}
     for name, image in images.items():
-        image.save(tmp_path / f"{name}.png")
-        seen[name] = evaluate.read_digit(tmp_path / f"{name}.png")["digit"].astype(float)
-    turned = light.resize((4000, 2571)).transpose(Image.Transpose.ROTATE_90)  # as phones save it
+        file = tmp_path / f"{name}.png"
+        image.save(file)
+        seen[name] = evaluate.read_digit(file)["digit"].astype(float)
+    turned = light.resize((4000, 2571))
+    turned = turned.transpose(Image.Transpose.ROTATE_90)  # as phones save it
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to the right
     turned.save(tmp_path / "phone.jpg", exif=exif)
     seen["phone"] = evaluate.read_digit(tmp_path / "phone.jpg")["digit"].astype(float)
     ys, xs = seen["dark"].nonzero()
-    assert (np.ptp(ys), np.ptp(xs)) == (19, pytest.approx(12, abs=1))  # in 20x20, 50 by 33
-    centre = (np.indices((28, 28)) * seen["dark"]).sum(axis=(1, 2)) / seen["dark"].sum()
+    assert np.ptp(ys) == 19  # 50 by 33 pixels were fitted into 20x20
+    assert np.ptp(xs) == pytest.approx(12, abs=1)
+    moments = (np.indices((28, 28)) * seen["dark"]).sum(axis=(1, 2))
+    centre = moments / seen["dark"].sum()
     assert np.abs(centre - 13.5).max() < 1
     assert len(np.unique(seen["dark"])) > 20  # grey levels, as MNIST has them
     for name, digit in seen.items():
         assert np.abs(digit - seen["dark"]).mean() < 4, name
-    image, command = tmp_path / "dark.png", (reported[0], "--out", tmp_path / "out", "--image")
+    image = tmp_path / "dark.png"
+    command = (reported[0], "--out", tmp_path / "out", "--image")
     code, printed, error = evaluated(*command, image)
-    assert code == 0 and "dark.png: " in printed, error
+    assert code == 0, error
+    assert "dark.png: " in printed
     assert (tmp_path / "out" / "own-digits.png").exists()
     image.write_text("no image")
     assert_one_line(evaluated(*command, image), "dark.png is not an image", "PNG, JPEG")
@@ -2099,7 +2311,7 @@ def test_own_digits_become_mnists(tmp_path, reported):
 
 TWO = [(250, 170), (280, 130), (340, 120), (375, 160), (360, 210), (240, 350), (385, 345)]
 BODY = [(270, 140), (262, 215), (330, 205), (375, 260), (350, 330), (245, 345)]  # of a 5
-LIGHT = {  # the share of the light that comes from x, y of a photo of 640 by 480 pixels
+LIGHT = {  # the share of the light that comes from pixel x, y of 640 by 480
     "lined paper": lambda x, y: 1 - 0.4 * ((y + x // 40) % 45 < 3),
     "squared paper": lambda x, y: 1 - 0.4 * (((y + x // 40) % 45 < 3) | ((x - y // 40) % 45 < 3)),
     "red margin": lambda x, y: 1 - 0.5 * (abs(x - y // 30 - 300) < 3),
@@ -2116,8 +2328,10 @@ LIGHT = {  # the share of the light that comes from x, y of a photo of 640 by 48
 
 
 def photograph(file, *strokes, light=None, width=24, box=None):
-    """What is read from a photo of strokes, each a list of points (x, y), on paper in this light;
-    `box`: left, top, right and bottom of the part that the photo shows."""
+    """Photograph strokes, each a list of points (x, y), in this light; read the photo.
+
+    `box` is the part that the photo shows: left, top, right and bottom.
+    """
     page = Image.new("L", (640, 480))
     for points in strokes:
         ImageDraw.Draw(page).line(points, fill=255, width=width, joint="curve")
@@ -2125,12 +2339,15 @@ def photograph(file, *strokes, light=None, width=24, box=None):
     photo = 240 * (1 - 0.85 * np.asarray(page) / 255)
     if light is not None:
         photo = photo * light(x, y)
-    Image.fromarray(photo.astype(np.uint8)).crop(box or (0, 0, 640, 480)).save(file)
+    image = Image.fromarray(photo.astype(np.uint8))
+    if box is not None:
+        image = image.crop(box)
+    image.save(file)
     return evaluate.read_digit(file)
 
 
 def difference(one, other):
-    """Mean difference of two digits; the strokes above have a mean of 25, of 255."""
+    """Mean difference of two digits, of 255. The strokes above have a mean of 25."""
     return np.abs(one["digit"].astype(float) - other["digit"]).mean()
 
 
@@ -2139,19 +2356,21 @@ def test_a_digit_is_read_from_any_paper_in_any_light(kind, tmp_path):
     clean = photograph(tmp_path / "clean.png", TWO)
     found = photograph(tmp_path / "photo.png", TWO, light=LIGHT[kind])
     assert difference(found, clean) < 4
-    assert found["doubts"] == clean["doubts"] == []
+    assert found["doubts"] == []
+    assert clean["doubts"] == []
 
 
 def test_parts_of_a_digit_stay_together(tmp_path):
     whole = photograph(tmp_path / "whole.png", BODY, [(270, 140), (370, 135)])
     parts = photograph(tmp_path / "parts.png", BODY, [(293, 140), (370, 135)])
     body = photograph(tmp_path / "body.png", BODY)
-    assert difference(parts, whole) < 4 < difference(body, whole)
+    assert difference(parts, whole) < 4
+    assert difference(body, whole) > 4
     assert parts["doubts"] == []
 
 
 def test_a_digit_may_fill_the_picture(tmp_path):
-    """Thick strokes and no margin: as much ink as paper, and each is as wide as the other."""
+    """With thick strokes and no margin, there is as much ink as paper."""
     whole = photograph(tmp_path / "whole.png", TWO, width=40)
     tight = photograph(tmp_path / "tight.png", TWO, width=40, box=(219, 97, 408, 372))
     assert difference(tight, whole) < 4
@@ -2160,7 +2379,8 @@ def test_a_digit_may_fill_the_picture(tmp_path):
 def test_a_line_across_the_picture_may_be_a_digit(tmp_path):
     one = photograph(tmp_path / "1.png", [(320, 0), (330, 480)], width=8)
     ys, xs = one["digit"].nonzero()
-    assert np.ptp(ys) == 19 and np.ptp(xs) < 4
+    assert np.ptp(ys) == 19
+    assert np.ptp(xs) < 4
 
 
 def test_doubts_about_a_digit_are_said(tmp_path):
@@ -2190,14 +2410,18 @@ def test_many_own_digits_are_pages(tmp_path, reported, monkeypatch):
     code, printed, error = evaluated(reported[0], "--out", out, "--image", *images)
     assert code == 0, error
     first, second, third = printed.splitlines()[:3]
-    assert first.startswith(f"{images[0]}: 2, lengths 0.10 0.10 0.90") and "unsure" not in first
+    assert first.startswith(f"{images[0]}: 2, lengths 0.10 0.10 0.90")
+    assert "unsure" not in first
     assert second.endswith(", unsure: several candidates")
     assert third.endswith(", unsure: no clear winner")
-    assert {page.name for page in out.iterdir()} == {"own-digits.png", "own-digits-2.png"}
+    pages = {page.name for page in out.iterdir()}
+    assert pages == {"own-digits.png", "own-digits-2.png"}
     for page in out.iterdir():
         with Image.open(page) as picture:
-            assert picture.width < 1500 and picture.height < 2500
+            assert picture.width < 1500
+            assert picture.height < 2500
     images[2].write_text("no image")  # one bad file: no answer, no page
     result = evaluated(reported[0], "--out", tmp_path / "none", "--image", *images)
     assert_one_line(result, "2.png is not an image")
-    assert result[1] == "" and not list((tmp_path / "none").iterdir())
+    assert result[1] == ""
+    assert list((tmp_path / "none").iterdir()) == []

@@ -2,9 +2,9 @@
 
 Train a network twice, with two seeds, and you get two test accuracies. So a difference
 of 0.1 points between two networks may be chance. That is why each figure here has a
-95 % interval. Imagine that the measurement was repeated 100 times and that each time
-the interval was computed from the new values: about 95 of these intervals would contain
-the true value. There are three kinds, since three things can be repeated:
+95 % confidence interval. Imagine repeating the measurement 100 times, with an interval
+from the new values each time: about 95 of these intervals would contain the true value.
+There are three kinds of interval, because three things can be repeated:
 
     over seeds    New initial weights, angles and orders of the images, but the same
                   test digits. This needs several runs, whose scatter sets the width.
@@ -12,8 +12,8 @@ the true value. There are three kinds, since three things can be repeated:
                   enough. The interval says nothing about other seeds.
     over rounds   New rounds of benchmark.py on the same machine: for times and speeds.
 
-One interval in 20 misses the true value, and nothing marks it. A claim with several
-intervals is more likely to meet such a miss.
+One interval in 20 misses the true value, and nothing shows which one. A claim with
+several intervals is more likely to include a miss.
 
 A claim also needs bounds. The report gives none, so they are ours: "about 2x slower"
 means 1.5 to 2.5 times the time. Then there are three verdicts:
@@ -112,15 +112,15 @@ def over_images(first: float, second: float, n: int) -> tuple[float, float, floa
     """first - second, and its interval -> (difference, low, high).
 
     Both are accuracies in percent on n images, of one run each. The interval says how
-    other images would move the difference (R. Newcombe 1998, method 10). It is made for
-    two sets of images. Here both networks have the same images and tend to fail on the
-    same ones, so their difference scatters less: the interval is rather too wide.
+    other images would move the difference (R. Newcombe 1998, method 10). The method
+    assumes two samples of images. Here both networks see the same images and tend to
+    fail on the same ones, so the true interval is a little narrower.
     """
     low_1, high_1 = evaluate.wilson(first * n / 100, n)
     low_2, high_2 = evaluate.wilson(second * n / 100, n)
     difference = first - second
-    # The difference is lowest if the first is low while the second is high. It is rare
-    # that both happen at once, so the two distances are added as squares.
+    # The difference is lowest if the first is low while the second is high. Both rarely
+    # happen at once, so the two distances are added as squares.
     low = difference - math.hypot(first - low_1, high_2 - second)
     high = difference + math.hypot(high_1 - first, second - low_2)
     return difference, low, high
@@ -163,7 +163,7 @@ def judge(estimate: Estimate, at_least: float, at_most: float) -> str:
 
 
 class Claim(NamedTuple):
-    """What the report says, what was measured for it, and the bounds that it must keep.
+    """What the report says, what was measured for it, and the bounds that decide.
 
     `form` and `unit` say how tables.py writes the figures: "+.2f" and " points" write
     "+0.46 points".
@@ -179,7 +179,7 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of all estimates together: one "disagree" is enough, "agree" needs all."""
+        """The verdict of all estimates: one "disagree" is enough, "agree" needs all."""
         found = [judge(e, self.at_least, self.at_most) for e in self.estimates]
         for word in ("disagree", "undecided", "agree"):
             if word in found:
@@ -303,9 +303,9 @@ def same_settings(settings: tuple[str, ...], a: dict | None, b: dict | None) -> 
 def network_pairs(rows: dict[str, dict], settings: tuple[str, ...]) -> list[tuple]:
     """(setup, AlexCapsNet's row, ResCapsNet's row) for each setup of both networks.
 
-    A setup is left out if the networks differ in one of these settings. It is a script
-    on a device: "single", "single-cuda", "ddp", "ddp-cuda". No run on the CPU is compared
-    with one on a GPU.
+    A setup is a script on a device: "single", "single-cuda", "ddp", "ddp-cuda". Runs
+    on a CPU are compared only with runs on a CPU. A setup is left out if the networks
+    differ in one of these settings.
     """
     pairs = []
     for script in SCRIPTS:
@@ -349,7 +349,7 @@ def find_speeds(scaling: list[dict], network: str, precision: str) -> dict | Non
 def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
     """Time per image, the first network's over the second's.
 
-    Once in float32 with one process, and once in bfloat16 with two under DDP.
+    It is measured in float32 with one process, and in bfloat16 with two under DDP.
     """
     ways = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
     ratios = []
@@ -358,7 +358,7 @@ def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
         speeds_2 = find_speeds(scaling, second, precision)
         if speeds_1 and speeds_2:
             # benchmark.py measures images/s. The time per image is 1 / speed, so the
-            # ratio of the times is the ratio of the speeds, upside down.
+            # ratio of the times is the inverse ratio of the speeds.
             ratios.append(ratio(label, speeds_2[contestant], speeds_1[contestant]))
     return ratios
 
@@ -374,7 +374,7 @@ def efficiency(speeds: dict, contestant: str) -> Estimate:
 
 
 def ddp_efficiency(scaling: list[dict], network: str) -> list[Estimate]:
-    """The efficiency of DDP in bfloat16: the report's runs have half precision, too."""
+    """The efficiency of DDP in bfloat16: the report's runs use half precision, too."""
     speeds = find_speeds(scaling, network, "bf16")
     return [efficiency(speeds, "ddp")] if speeds else []
 
@@ -382,8 +382,8 @@ def ddp_efficiency(scaling: list[dict], network: str) -> list[Estimate]:
 def gaps_under_ddp(rows: dict[str, dict]) -> list[Estimate]:
     """Test accuracy of train_ddp.py's two processes minus train_single.py's one.
 
-    They also differ in batch and precision. The claim is about both networks: unless
-    both were measured, the list is empty.
+    They also differ in batch size and precision. The claim is about both networks:
+    unless both were measured, the list is empty.
     """
     gaps = []
     measured = set()

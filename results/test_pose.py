@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 def draw_stroke(width, lean, length=20):
     """A straight stroke, uint8 [28, 28]: width in pixels, lean to the right in degrees."""
-    fine = (torch.arange(28 * 16) + 0.5) / 16 - 14  # 16 points a pixel, from the centre
+    fine = (torch.arange(28 * 16) + 0.5) / 16 - 14  # 16 points per pixel
     y, x = torch.meshgrid(fine, fine, indexing="ij")
     slope = math.tan(math.radians(lean))
     inside = (x + slope * y).abs() <= width / 2 / math.cos(math.radians(lean))
@@ -71,7 +71,7 @@ def test_views_move_the_digits_as_they_say():
 
 
 def planted(n, k, share):
-    """Features [n, k] and a pose [n], of which they explain `share`, class by class."""
+    """Features [n, k] that explain `share` of a pose [n], class by class."""
     torch.manual_seed(0)
     labels = torch.randint(10, [n])
     x = torch.randn(n, k, dtype=torch.float64) * torch.logspace(0, -2, k)
@@ -115,7 +115,7 @@ def test_the_probe_is_ridge_regression(k):
 
 
 def test_the_judging_half_does_not_help_to_fit():
-    """Noise with as many features as digits: fitted on all of them, R² would be 1."""
+    """There are as many noise features as digits. Fitted on all, R² would be 1."""
     x, y, labels, fit = planted(300, 16, 0.0)
     assert pose.probe(x, y, labels, fit) < 0.1
 
@@ -202,7 +202,7 @@ def test_what_a_probe_sees_of_a_capsule():
 
 
 def run_of(network, part, seed, r2, feature, training="3 epochs"):
-    """What main collects of a run, with the same R² for each pose."""
+    """What main collects about a run, with the same R² for each pose."""
     found = {"network": network, "part": part, "training": training, "seed": seed}
     found["accuracy"] = {"as written": 99.0}
     found["digits"] = {"as written": 9900}

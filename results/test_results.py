@@ -1,7 +1,7 @@
 """Tests of this folder and of the two pages, part of `python -m pytest -q`.
 
-Intervals are held against scipy and against textbooks, verdicts and claims against runs
-made up for the purpose, and the pages against what results/ holds.
+Intervals are compared with scipy and with textbooks, verdicts and claims with invented
+runs, and the pages with what results/ holds.
 """
 
 import functools
@@ -208,7 +208,7 @@ UNDER_DDP = {"world_size": 2, "precision": "bf16"}
 
 
 def row(accuracies, after_epoch_1=98.0, **settings):
-    """A row as evaluate.make_rows makes it, as far as claims look at it."""
+    """A row like those of evaluate.make_rows, with all that the claims read."""
     runs = []
     for k in range(len(accuracies)):
         runs.append({"history": [{"val_accuracy": after_epoch_1 + k / 100}]})
@@ -294,12 +294,12 @@ def test_one_run_each_is_judged_over_images():
     found = judged(kept)
     setups = found["end"]["measured"].split("; ")
     assert len(setups) == 2
-    assert found["end"]["n"] == "1 + 1, 10,000 images"  # the same for both: said once
+    assert found["end"]["n"] == "1 + 1, 10,000 images"  # the same n: given once
     assert found["end"]["verdict"] == "undecided"
 
 
 def test_unlike_runs_are_not_compared():
-    """ResCapsNet has 10 epochs, and no run on the device where AlexCapsNet has 20."""
+    """ResCapsNet has 10 epochs instead of 20, and one of AlexCapsNet's four setups."""
     alex = row([99.5, 99.6, 99.7])
     kept = {
         "alexcaps-single": alex,
@@ -312,7 +312,7 @@ def test_unlike_runs_are_not_compared():
     for key in ("end", "ddp"):  # "ddp" is about both networks
         assert found[key]["verdict"] == "not measured"
         assert found[key]["short"] == ""
-    assert found["fast"]["n"] == "3 + 1"  # after epoch 1 both are equally far
+    assert found["fast"]["n"] == "3 + 1"  # after epoch 1 both have trained for as long
 
 
 # -- tables.py -----------------------------------------------------------------------
@@ -337,14 +337,14 @@ def keep(run, overwrite=False):
 
 @pytest.fixture
 def empty_results(tmp_path, monkeypatch):
-    """An empty folder in the place of results/."""
+    """An empty folder in place of results/."""
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
     return tmp_path / "results"
 
 
 def test_a_kept_run_is_whole_and_names_no_path(empty_results, tmp_path):
     run = run_to_keep(tmp_path / "a" / "alexcaps-single")
-    assert str(run["best"]["epoch"]).isdigit()  # in a title, not "9.0"
+    assert str(run["best"]["epoch"]).isdigit()  # a title says "9", not "9.0"
     keep(run)
     keep(run)  # an equal run may replace it
     kept = empty_results / "alexcaps-single"
@@ -367,7 +367,7 @@ def test_a_kept_run_is_not_replaced_by_a_lesser_one(lesser, empty_results, tmp_p
 
 @pytest.mark.parametrize("change", [{"dataset": "digits"}, {"epochs": 30}])
 def test_only_finished_runs_of_mnist_are_kept(change, empty_results, tmp_path):
-    run = run_to_keep(tmp_path / "run", **change)  # it has 20 epochs
+    run = run_to_keep(tmp_path / "run", **change)  # it has finished 20 epochs
     with pytest.raises(data.UserError, match="not an MNIST run, not finished"):
         keep(run)
     assert not empty_results.exists()
