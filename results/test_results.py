@@ -28,6 +28,7 @@ from test_models import (
     call,
     contents,
     reproducible,  # noqa: F401 - a fixture that every test here uses
+    run_python,
     single,
     weights,
 )
@@ -516,10 +517,11 @@ def test_readme_counts_the_lines_of_files():
             assert int(count.replace(",", "")) == pytest.approx(lines, rel=0.1), name
 
 
-def test_the_readmes_program_learns(capsys):
+def test_the_readmes_program_learns():
     program = re.findall(r"```python\n(import torch\n.*?)```", README, re.DOTALL)[0]
-    exec(program, {})
-    accuracy = re.fullmatch(r"test accuracy (0\.\d+)\n", capsys.readouterr().out)
+    process = run_python("-c", program)
+    accuracy = re.fullmatch(r"test accuracy (0\.\d+)\n", process.stdout)
+    assert accuracy, process.stderr
     assert float(accuracy[1]) >= 0.95
 
 
