@@ -834,8 +834,8 @@ def save_comparison(rows: list[dict], file: Path) -> None:
 
 # -- 4. Your own digits ------------------------------------------------------------
 
-# Five functions, one after the other, make a picture like MNIST's of a photo: photo ->
-# brightness -> ink -> ink without the lines of the paper -> the digit alone -> 28x28.
+# Five functions turn a photo into a picture like MNIST's:
+# brightness -> ink -> ink without the paper's lines -> the digit alone -> 28x28.
 
 SIDE = 480  # pixels: the longer side of every photo. All sizes below assume it.
 # The lead of the longest capsule over the second. 1 % of MNIST's test digits have less.
