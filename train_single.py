@@ -6,7 +6,7 @@
     python train_single.py --resume runs/alexcaps-single  continue after any stop
 
 The run's files go to runs/<model>-single: last.pt, from which the run is resumed, and
-what evaluate.py reads. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 5 minutes.
+what evaluate.py reads. On 2 CPU cores an epoch of AlexCapsNet takes 1.5 to 6 minutes.
 After nine epochs its validation accuracy is 99.6 %.
 
 Read it downwards:
