@@ -438,8 +438,8 @@ def written_again(tmp_path, monkeypatch):
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
     monkeypatch.setattr(tables, "load", lambda *_: (None, None))  # needs MNIST
-    monkeypatch.setattr(evaluate, "save_pictures", mock.Mock())
-    monkeypatch.setattr(evaluate, "save_comparison", mock.Mock())
+    for name in ("save_pictures", "save_decoder_pictures", "save_comparison"):
+        monkeypatch.setattr(evaluate, name, mock.Mock())
     with mock.patch.dict(train_single.MODELS):
         code, _, error = call(tables)
     assert code == 0, error
@@ -466,6 +466,8 @@ def test_runs_are_drawn_beside_their_plain_network(written_again):
     report = json.loads((HERE / "plain-alexcaps-ddp" / "report.json").read_text())
     assert drawn["alexcaps-ddp"] == evaluate.at_angles(report)
     assert drawn["alexcaps-single"] is None
+    (drawing,) = evaluate.save_decoder_pictures.call_args_list
+    assert drawing.args[0]["folder"].name == tables.DECODER
 
 
 def test_readme_repeats_figures_of_results():
