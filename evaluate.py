@@ -1,4 +1,4 @@
-"""Evaluate runs: compute the figures of a report and draw pictures, always in float32.
+"""Evaluate runs: compute the numbers of a report and draw pictures, always in float32.
 
     python evaluate.py runs/alexcaps-single                       a report
     python evaluate.py runs/alexcaps-single runs/rescaps-single   a comparison
@@ -242,9 +242,9 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 
 # -- 2. Several runs ---------------------------------------------------------------
 
-# settings_in_words describes each of these settings in words of its own.
+# A description says these in words of its own: see settings_in_words.
 IN_WORDS = ("model", "dataset", "script", "precision", "world_size", "epochs", "device")
-# These either do not change the experiment or show in the number of training images.
+# These are not described. The number of training images says what train_size does.
 LEFT_OUT = ("data_dir", "train_size", "seed", "dry_run")
 # Every other setting is described only if it differs from its default.
 USUAL = train_single.DEFAULTS.copy()
@@ -323,11 +323,12 @@ def make_row(name: str, group: list[dict]) -> dict:
     For each figure, NAME holds the mean, and NAME_std the standard deviation (None for
     one run). "runs" holds the runs, and "values" their figures: neither is written.
     """
-    seeds = {run["config"]["seed"] for run in group}
-    if len(seeds) < len(group):
-        folder = group[-1]["folder"]
-        text = "has the same settings and seed as another run: leave one out"
-        raise UserError(f"{folder} {text}")
+    seeds = set()
+    for run in group:
+        if run["config"]["seed"] in seeds:
+            text = "has the same settings and seed as another run: leave one out"
+            raise UserError(f"{run['folder']} {text}")
+        seeds.add(run["config"]["seed"])
     row = {"name": name, "n": len(group), "runs": group}
     for setting in (*COLUMNS, *USUAL):
         row[setting] = group[0]["config"][setting]
@@ -657,8 +658,9 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     rows = network.map_side
     maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
-    # Where a place begins and ends, in pixels of the 28x28 image. The kernel is a pixel
-    # wider than the stride, so its centre lies half a pixel further.
+    # Where a place begins and ends, in pixels of the 28x28 image. The kernel of a place is
+    # a pixel wider than the stride, so the middle of what it sees lies half a pixel further
+    # right and down.
     edges = network.place_width * np.arange(rows + 1) + 0.5
     edges = edges * 28 / network.side - 0.5  # a pixel has its centre at a whole number
     # Colours say how far a coupling is from an equal share, which is white.
@@ -683,9 +685,9 @@ def draw_coupling_histograms(report: dict) -> tuple:
     axis.stairs(to_true, EDGES, color=RED, label="to the true digit", **style)
     axis.stairs(to_others, EDGES, color=BLUE, label="to the nine others", **style)
     axis.axvline(0.1, label="equal share", **GREY)
-    axis.set(xlabel="coupling", ylabel="share of all couplings, in % (logarithmic)")
+    axis.set(xlabel="coupling", ylabel="share of the couplings of each colour, in %")
     axis.set_yscale("log")
-    last_bin = np.flatnonzero(to_true).max()
+    last_bin = np.flatnonzero(np.add(to_true, to_others)).max()
     axis.set_xlim(0, EDGES[last_bin + 1])
     axis.legend()
     return figure, routing_title(report)
@@ -874,7 +876,8 @@ def read_brightness(file: Path) -> np.ndarray:
 def paper_lightness(brightness: np.ndarray) -> float:
     """Above 0 if the paper is light, below 0 if it is dark.
 
-    Around ink, most pixels are paper.
+    Near ink, most pixels are paper. So if most are lighter than the middle between the
+    lightest and the darkest neighbour, the paper is light. Areas without contrast add 0.
     """
     near = SIDE // 8
     # A digit may fill the whole picture: continue the paper beyond its edges.
@@ -898,8 +901,8 @@ def find_ink(brightness: np.ndarray) -> np.ndarray:
     """Brightness [h, w] -> ink, 0 to 1: how much darker than the paper a pixel is."""
     # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    # Its square window fills the rounded corners of shadows with light. Let the shadow
-    # grow back into them, by 2 pixels in each step.
+    # The closing's window is a square, so in the rounded corners of a shadow the paper
+    # is too light. Spread the dark by 2 pixels in each step, down to the picture itself.
     for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
     # Divide by at least 0.4, so that the grain of a black desk does not count as ink.
@@ -920,8 +923,8 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
         rows = (np.arange(height)[:, None] + rise) % height
         along = np.sort(np.take_along_axis(lines, rows, axis=0))
         thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
-        # Values are sorted: 80 % of a line are at least as dark as entry n / 5, and a
-        # third of it is thin and at least as dark as entry 2 n / 3.
+        # The ink along each line is sorted, lightest first. A rule needs two things: 80 %
+        # of it has ink, so it has few gaps; a third of it has thin ink, so it is no edge.
         rule = np.minimum(along[:, n // 5], thin_along[:, 2 * n // 3])
         known = np.take_along_axis(rules, rows, axis=0)
         np.put_along_axis(rules, rows, np.maximum(known, rule[:, None]), axis=0)
@@ -955,9 +958,10 @@ def with_near_parts(whole: np.ndarray, main: np.ndarray) -> np.ndarray:
     Broken strokes belong to a digit, and so does the roof of a 5.
     """
     height = np.ptp(main.nonzero()[0]) + 1
+    # Parts that are a tenth apart touch if each grows by a twentieth.
     near = ndimage.distance_transform_edt(~whole) < 0.05 * height
     groups, _ = ndimage.label(near, np.ones((3, 3)))  # diagonal neighbours, too
-    return whole & (groups == groups[main].max())
+    return whole & (groups == groups[main][0])
 
 
 def find_digit(ink: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -1240,7 +1244,7 @@ def check_like(values: dict, examples: dict) -> None:
             kind = "f"
         fits = kind == expected.dtype.kind and found.shape == expected.shape
         if fits and kind in "if":
-            fits = np.all((found >= 0) & (found < 1e15))  # nan is not
+            fits = np.all((found >= 0) & (found < 1e15))  # False for nan
         if not fits:
             raise ValueError(f"{name} is {values[name]!r:.60}")
 
@@ -1387,7 +1391,7 @@ def parse_lengths(content: bytes) -> np.ndarray:
 
 
 def is_archived(run: dict) -> bool:
-    """True if the report of a run was kept, but not its best.pt."""
+    """True if best.pt is gone. Then only the report of the run can be shown."""
     return not (run["folder"] / "best.pt").exists()
 
 

@@ -1,4 +1,6 @@
-"""The report's nine claims, judged by measurements: a lesson in statistics.
+"""Nine claims of the student report, judged by measurements: a lesson in statistics.
+
+The student report is the text that this repository reproduces (README.md, Sources).
 
 Train a network twice, with two seeds, and you get two test accuracies. So a difference
 of 0.1 points between two networks may be chance. That is why each figure here has a
@@ -227,7 +229,7 @@ def report_claims(rows: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         Claim(
             "AlexCapsNet: tens of millions of weights",
             "parameters in the report's code",
-            [exact("its code", 2_683_840)],
+            [exact("its code", 2_683_840)],  # counted in the report's notebook
             at_least=10_000_000,
             at_most=100_000_000,
             form=",.0f",
@@ -236,7 +238,7 @@ def report_claims(rows: dict[str, dict], scaling: list[dict]) -> list[Claim]:
         Claim(
             "ResCapsNet: a few million weights",
             "parameters in the report's code",
-            [exact("its code", 2_022_272)],
+            [exact("its code", 2_022_272)],  # counted in the report's notebook
             at_least=1_000_000,
             at_most=10_000_000,
             form=",.0f",
