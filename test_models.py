@@ -1894,7 +1894,9 @@ def test_seeds_make_one_row(reported, tmp_path):
     assert "\n| usual settings, 0 CPU threads | 3 |" in text
     assert "\n| GPU, lr 0.01  " in text
     same_seed = archived(reported[0], tmp_path / "same")
-    assert_one_line(evaluated(*folders, same_seed, "--out", out), "leave one out")
+    first, *others = folders
+    result = evaluated(first, same_seed, *others, "--out", out)
+    assert_one_line(result, f"{same_seed} has the same settings", "leave one out")
 
 
 def shorter(array):
