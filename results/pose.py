@@ -184,7 +184,7 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
     if model is None:
         pixels = view.inputs(images, everything, AlexCapsNet).flatten(1)
         return {PIXELS: pixels}, torch.ones(len(labels), dtype=torch.bool)
-    device = next(model.parameters()).device
+    device = evaluate.device_of(model)
     features = defaultdict(list)
     recognised = []
     for chosen in everything.split(BATCH):
@@ -429,12 +429,10 @@ def knob_values(name: str, found: Tensor) -> Tensor:
 
 def redraw(model, capsules: Tensor, digit: int) -> Tensor:
     """What the decoder draws from capsules [n, D] of a class: [n, 28, 28] in 0..1."""
-    device = next(model.parameters()).device
     digits = torch.full([len(capsules)], digit)
     all_capsules = torch.zeros(len(capsules), 10, capsules.shape[1])  # [n, J, D]
     all_capsules[:, digit] = capsules
-    pictures = model.decoder(all_capsules.to(device), digits.to(device))
-    return pictures.squeeze(1).cpu()
+    return evaluate.decode(model, all_capsules.to(evaluate.device_of(model)), digits)
 
 
 def draw_knobs(drawn: dict, title: str, file: Path) -> None:
