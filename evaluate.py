@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import zipfile
 from pathlib import Path
 
 # The pictures do not depend on the user's settings of matplotlib. MPLBACKEND is removed
@@ -95,21 +94,28 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.inference_mode()
-def predict(model, images: Tensor, angle: float = 0, title: str = "test digits") -> Tensor:
-    """uint8 [n, 28, 28], turned by `angle` degrees -> the class scores [n, 10].
+def outputs(model, images: Tensor, angle: float = 0, title: str = "test digits") -> Tensor:
+    """What the model makes of uint8 [n, 28, 28], turned by `angle` degrees.
 
-    The scores of a capsule network are the lengths of its digit capsules.
+    For a capsule network, these are the digit capsules [n, J, D], on its device.
     """
     device = device_of(model)
     batches = images.to(device).split(BATCH)
-    scores = []
+    found = []
     for batch in progress(batches, title):
         degrees = None  # upright
         if angle != 0:
             degrees = torch.full([len(batch)], float(angle), device=device)
-        outputs = model(images_to_input(batch, model, degrees))
-        scores.append(model.scores(outputs).cpu())
-    return torch.cat(scores)
+        found.append(model(images_to_input(batch, model, degrees)))
+    return torch.cat(found)
+
+
+def predict(model, images: Tensor, angle: float = 0, title: str = "test digits") -> Tensor:
+    """uint8 [n, 28, 28], turned by `angle` degrees -> the class scores [n, 10], on the CPU.
+
+    The scores of a capsule network are the lengths of its digit capsules.
+    """
+    return model.scores(outputs(model, images, angle, title)).cpu()
 
 
 def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
@@ -699,27 +705,11 @@ def routing_title(report: dict) -> str:
 
 
 @torch.inference_mode()
-def digit_capsules(model, images: Tensor) -> Tensor:
-    """uint8 [n, 28, 28] -> the digit capsules [n, J, D], on the model's device."""
-    capsules = []
-    for batch in images.to(device_of(model)).split(BATCH):
-        capsules.append(model(images_to_input(batch, model)))
-    return torch.cat(capsules)
-
-
-@torch.inference_mode()
-def decode_longest(model, images: Tensor) -> Tensor:
-    """What the decoder draws from the longest capsule, which is the network's answer.
-
-    uint8 [n, 28, 28] -> [n, 28, 28] in 0..1 (0 is black), on the CPU.
-    """
-    capsules = digit_capsules(model, images)
-    answers = model.scores(capsules).argmax(dim=1)
-    return decode(model, capsules, answers)
-
-
 def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
-    """Draw from the capsules of `digits` [n]: [n, J, D] -> [n, 28, 28], on the CPU."""
+    """Draw from the capsules of `digits` [n]: [n, J, D] -> [n, 28, 28], on the CPU.
+
+    The drawings are in 0..1, where 0 is black.
+    """
     drawn = model.decoder(capsules, digits.to(capsules.device))  # [n, 1, 28, 28]
     return drawn.squeeze(1).cpu()
 
@@ -736,7 +726,7 @@ def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tupl
     shown = torch.cat([ten, mistakes[:4]])
     true = labels[shown]
     inputs = images_to_input(images[shown].to(device_of(model)), model)
-    capsules = digit_capsules(model, images[shown])
+    capsules = outputs(model, images[shown])
     answers = model.scores(capsules).argmax(dim=1).cpu()
     rows = {
         "input": model.target(inputs).squeeze(1).cpu(),
@@ -759,7 +749,7 @@ def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
     For each digit, this is the number that changes the drawing most.
     """
     ten = first_of_each_class(labels, 1)
-    capsules = digit_capsules(model, images[ten])  # [10, J, D]
+    capsules = outputs(model, images[ten])  # [10, J, D]
     drawings = []
     rows = []
     for digit in range(10):
@@ -1043,16 +1033,18 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
     readings = [read_digit(file) for file in progress(args.image, "images")]
     digits = torch.from_numpy(np.stack([reading["digit"] for reading in readings]))
     model = load_network(run, args.device)
-    all_lengths = predict(model, digits, title="your digits").numpy()
-    for reading, lengths in zip(readings, all_lengths, strict=True):
+    capsules = outputs(model, digits, title="your digits")
+    all_lengths = model.scores(capsules).cpu()
+    for reading, lengths in zip(readings, all_lengths.numpy(), strict=True):
         reading["lengths"] = lengths
         second, longest = np.sort(lengths)[-2:]
         if longest - second < MIN_LEAD:
             reading["doubts"].append("no clear winner")
         print(describe_reading(reading))
     if model.decoder is not None:
-        for reading, drawing in zip(readings, decode_longest(model, digits), strict=True):
-            reading["redrawn"] = drawing.numpy()
+        drawings = decode(model, capsules, all_lengths.argmax(dim=1))
+        for reading, drawing in zip(readings, drawings.numpy(), strict=True):
+            reading["redrawn"] = drawing
     pages = math.ceil(len(readings) / DIGITS_PER_PAGE)
     for page in progress(range(pages), "pages"):
         first = page * DIGITS_PER_PAGE
@@ -1427,7 +1419,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
             raise UserError(f"{file} does not match metrics.csv's best epoch: {hint}")
         weights = checkpoint["model"]
     else:
-        weights = read_half_weights(file)
+        weights = train_single.load_saved(file)
     model = train_single.make_network(run["config"])
     try:
         model.load_state_dict(weights)  # into float32, whatever the file has
@@ -1449,20 +1441,6 @@ def half_weights(model: nn.Module) -> bytes:
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     return buffer.getvalue()
-
-
-def read_half_weights(file: Path) -> dict:
-    """The weights in a weights.pt. UserError if it is damaged or something else."""
-    content = io.BytesIO(file.read_bytes())
-    try:
-        whole = zipfile.ZipFile(content).testzip() is None  # torch.load ignores checksums
-        content.seek(0)
-        weights = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - a damaged file makes the reader fail in many ways
-        whole = False
-    if not whole:
-        raise UserError(f"{file} is damaged, or holds no weights")
-    return weights
 
 
 def write_json(file: Path, values: dict) -> None:

@@ -583,24 +583,31 @@ def write_file(path: Path, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What Run.save wrote to `path`. UserError if it is damaged or something else."""
+def load_checkpoint(file: Path) -> dict:
+    """What Run.save wrote to a file. UserError if it is damaged or something else."""
+    checkpoint = load_saved(file)
+    if not {"config", "history", *SAVED} <= checkpoint.keys():
+        raise UserError(f"{file} is not a checkpoint that this version can read")
+    return checkpoint
+
+
+def load_saved(file: Path) -> dict:
+    """A dictionary that torch.save wrote to a file. UserError if it cannot be read."""
     import zipfile
 
-    content = io.BytesIO(path.read_bytes())
+    content = io.BytesIO(file.read_bytes())
     try:
-        whole = zipfile.ZipFile(content).testzip() is None  # torch.load ignores checksums
+        # torch.load ignores the checksums of the zip file.
+        whole = zipfile.ZipFile(content).testzip() is None
         content.seek(0)
         # Unpickling can run arbitrary code. weights_only accepts only tensors and plain
         # types.
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-        complete = {"config", "history", *SAVED} <= checkpoint.keys()
+        saved = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - a damaged file can raise anything
         whole = False
-    if not whole or not complete:
-        hint = "or it is not a checkpoint that this version can read"
-        raise UserError(f"{path} is damaged, {hint}")
-    return checkpoint
+    if not whole or not isinstance(saved, dict):
+        raise UserError(f"{file} is damaged, or this version cannot read it")
+    return saved
 
 
 def find_device(name: str | None) -> torch.device:

@@ -395,7 +395,7 @@ def test_one_run_is_kept_with_its_weights(empty_results, tmp_path, monkeypatch):
     keep(run_to_keep(tmp_path / "alexcaps-single-seed1", seed=1))
     (file,) = empty_results.rglob("*.pt")
     assert file == empty_results / "alexcaps-single" / "weights.pt"
-    for name, tensor in evaluate.read_half_weights(file).items():
+    for name, tensor in train_single.load_saved(file).items():
         assert torch.equal(tensor, network.state_dict()[name].half())
 
 
