@@ -21,15 +21,16 @@ class AlexCapsNet(CapsuleNetwork):
     std = 0.3081
     # The primary capsules sit at 2x2 places, and each place sees the whole image.
     map_side = 2
-    place_width = None
+    place_stride = None
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
-        # Departure 1: the report keeps AlexNet's 11x11 convolution with stride 4, made
-        # for photographs of 224x224. On digits it leaves 2x2 places after the second
-        # convolution, and the three 3x3 convolutions then see mostly padding.
+        # Departure 1: the first convolution is 5x5 with stride 1. The report keeps
+        # AlexNet's 11x11 with stride 4, made for photographs of 224x224. On digits that
+        # leaves 2x2 places after the second convolution, and the three 3x3 convolutions
+        # then see mostly padding.
         #
-        # Pooling comes before ReLU: max(max(x, 0)) = max(0, max(x)), so the network is
-        # the same, but ReLU has less than a quarter of the numbers to compute.
+        # Pooling comes before ReLU. The result is the same in either order, but in this
+        # one ReLU has less than a quarter of the numbers to compute.
         features = nn.Sequential(
             nn.Conv2d(1, 64, 5, padding=2),  # [B, 64, 28, 28]
             nn.MaxPool2d(3, stride=2),  # [B, 64, 13, 13]
@@ -47,7 +48,7 @@ class AlexCapsNet(CapsuleNetwork):
         )
         # Departure 2: the primary capsules are squashed, as in [S17]. The report does
         # not squash them. There are 32 at each of 2x2 places: [B, 128, 8].
-        primary = PrimaryCapsules(256, types=32, dim=8, kernel_size=1)
+        primary = PrimaryCapsules(256, types=32, I=8, kernel_size=1)
         digits = DigitCapsules(N=128, I=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 3: the initialisation (initialise_convolutions and DigitCapsules
         # have the rules). With PyTorch's default, the report's network classified 33 %

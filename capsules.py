@@ -8,11 +8,12 @@ Two papers are used throughout:
     [S17] Sabour, Frosst, Hinton: Dynamic Routing Between Capsules, NeurIPS 2017
     [H15] He, Zhang, Ren, Sun: Delving Deep into Rectifiers, ICCV 2015
 
-All files use these dimensions. A capital letter is a size, a small letter an index:
+All files use these dimensions. In the equations, i counts primary capsules and j counts
+digit capsules.
 
     B  images in the batch
-    N  primary capsules, i = 1..N        I  numbers in a primary capsule (8)
-    J  digit capsules,   j = 1..J (10)   D  numbers in a digit capsule (16)
+    N  primary capsules        I  numbers in a primary capsule (8)
+    J  digit capsules (10)     D  numbers in a digit capsule (16)
 
 The file goes from the formulas to the network:
 
@@ -81,9 +82,9 @@ def dynamic_routing(
     every iteration, each [B, J, N]. Gradients flow through all iterations. Each image
     is routed on its own: no sum below runs over B.
 
-    The layout [B, J, N, D] makes this fast. Both sums of the procedure read memory in
-    order, and the sum over i is a batched matrix product, which never stores the
-    products [B, J, N, D].
+    The layout [B, J, N, D] makes this fast: both sums of the procedure read memory in
+    order. The sum over i is a batched matrix product, which does not store the products
+    of c and the votes.
     """
     votes = at_least_float32(votes)
     B, J, N = votes.shape[:3]
@@ -121,22 +122,22 @@ def dynamic_routing(
 class PrimaryCapsules(nn.Module):
     """A convolution whose channels are read as capsules: [B, C, H, W] -> [B, N, I].
 
-    `types` capsules of `dim` numbers sit at each place of the output map [H', W'], so
+    `types` capsules of I numbers sit at each place of the output map [H', W'], so
     N = H' * W' * types. They are ordered by place first, then by type.
     """
 
-    def __init__(self, channels: int, types: int, dim: int, kernel_size: int, stride=1):
+    def __init__(self, channels: int, types: int, I: int, kernel_size: int, stride=1):
         super().__init__()
-        self.dim = dim
-        self.conv = nn.Conv2d(channels, types * dim, kernel_size, stride)
+        self.I = I
+        self.conv = nn.Conv2d(channels, types * I, kernel_size, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)  # [B, C, H, W] -> [B, types*I, H', W']
         # The I numbers of a capsule must come from ONE place of the map, so the
-        # channels go last before the reshape. (Without this, a capsule would be cut out
-        # of I neighbouring pixels.)
+        # channels go last before the reshape. (Without this, a capsule would be made of
+        # numbers of one channel at several places.)
         x = x.permute(0, 2, 3, 1)  # [B, types*I, H', W'] -> [B, H', W', types*I]
-        u = x.reshape(x.shape[0], -1, self.dim)  # -> [B, H'*W'*types, I]
+        u = x.reshape(x.shape[0], -1, self.I)  # -> [B, H'*W'*types, I]
         return squash(u)
 
 
@@ -148,30 +149,30 @@ class DigitCapsules(nn.Module):
         self.J = J
         self.D = D
         self.iterations = iterations
-        # The J matrices of a primary capsule stand side by side, each transposed to
-        # [I, D], so that one product gives all its J votes.
+        # weight[i] holds the matrices W_i1 to W_iJ side by side, so that one product
+        # gives all J votes of capsule i. They are transposed, [I, D] instead of [D, I],
+        # because u_i stands on their left.
         self.weight = nn.Parameter(torch.empty(N, I, J * D))
-        # START ALIVE. Each number of a vote has variance std^2 |u|^2. In iteration 1,
-        # s_j is a sum of N independent votes over J, and has D numbers:
+        # How large should the first weights be? Each number of a vote has variance
+        # std^2 |u|^2. In iteration 1, s_j is the sum of N independent votes, divided by
+        # J, and it has D numbers:
         #
         #   E|s_j|^2 = D * N * std^2 * |u|^2 / J^2
         #
         # where |u| is near 1 (PrimaryCapsules squashes). We want |s_j| = 1/5. Then
         # |v_j| = (1/25) / (1 + 1/25), about 0.04. That is below the margin m- = 0.1, so
-        # the nine absent digits start without loss, and the true digit's loss,
-        # (0.9 - 0.04)^2, is near its steepest. With a much smaller |s_j|, training stays
-        # at 10 % accuracy for a while, because the gradient shrinks with |s_j|. With a
-        # much larger |s_j|, the nine absent digits start above the margin and must first
-        # be pushed down.
+        # the nine absent digits start without loss. With a much smaller |s_j|, training
+        # stays at 10 % accuracy for a while, because the gradient shrinks with |s_j|.
+        # With a much larger |s_j|, the nine absent digits start above the margin and
+        # must first be pushed down.
         nn.init.normal_(self.weight, std=J / (5 * math.sqrt(D * N)))
 
     def forward(self, u: Tensor, return_couplings: bool = False):
         #   u^_j|i = W_ij u_i                                             [S17] eq. 2
         # as a batch of N matrix products, [B, I] @ [I, J*D]. W is not copied. Many
         # implementations copy it once per image: 0.7 MB in AlexCapsNet, 6.6 MB in
-        # ResCapsNet. (squash returns float32 even if the weights have 16 bits, hence
-        # the .to.)
-        u = u.transpose(0, 1).to(self.weight.dtype)  # [B, N, I] -> [N, B, I]
+        # ResCapsNet.
+        u = u.transpose(0, 1)  # [B, N, I] -> [N, B, I]
         votes = torch.bmm(u, self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
         votes = votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
@@ -191,7 +192,6 @@ def margin_loss(lengths: Tensor, labels: Tensor, m_plus=0.9, m_minus=0.1, lam=0.
     """
     lengths = at_least_float32(lengths)
     T = nn.functional.one_hot(labels, lengths.shape[1])  # [B] -> [B, J]: 1 if true
-    T = T.to(lengths.dtype)
     #   L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2
     #                                                                     [S17] eq. 4
     present = T * (m_plus - lengths).clamp(min=0) ** 2
@@ -202,9 +202,9 @@ def margin_loss(lengths: Tensor, labels: Tensor, m_plus=0.9, m_minus=0.1, lam=0.
 class Decoder(nn.Module):
     """Redraw a digit from one capsule: [B, J, D] -> [B, 1, 28, 28] in 0..1.
 
-    [S17] section 4.1 and figure 2. The decoder sees one capsule of each image and
-    nothing else, so it can only draw what the capsule says. If the drawing has to
-    resemble the input, the capsule's D numbers must say how the digit is written.
+    [S17] section 4.1 and figure 2. The decoder sees one capsule of each image, and which
+    digit's capsule it is. If the drawing has to resemble the input, the capsule's D
+    numbers must say how the digit is written.
 
         capsules        mask         one vector      three linear layers
         [B, J, D]  ->  keep one  ->  [B, J*D]   ->  512 -> 1024 -> 784 = 28 * 28 pixels
@@ -222,9 +222,9 @@ class Decoder(nn.Module):
             nn.Linear(1024, 28 * 28),  # [B, 1024] -> [B, 784]
         )
 
-    def forward(self, capsules: Tensor, digits: Tensor) -> Tensor:
-        """Draw from the capsules of `digits` [B]; all others are masked to zero."""
-        mask = nn.functional.one_hot(digits, capsules.shape[1])  # [B] -> [B, J]
+    def forward(self, capsules: Tensor, classes: Tensor) -> Tensor:
+        """Draw from the capsules of these classes [B]; all others are masked to zero."""
+        mask = nn.functional.one_hot(classes, capsules.shape[1])  # [B] -> [B, J]
         kept = capsules * mask.unsqueeze(2)  # [B, J, D] * [B, J, 1]
         x = self.layers(kept.flatten(1))  # [B, J, D] -> [B, J*D] -> [B, 784]
         # In bfloat16 the sigmoid of 6.5 would be exactly 1, with gradient 0.
@@ -238,13 +238,13 @@ class Decoder(nn.Module):
 def initialise_convolutions(model: nn.Module) -> None:
     """Kaiming-normal weights and zero biases for every convolution, [H15] eq. 10.
 
-    ReLU halves the second moment of its input. A variance of 2 / fan_in restores it,
-    layer after layer. PyTorch's default has a sixth of that variance: AlexCapsNet would
-    start with capsules of almost no length, where squash is flat.
+    ReLU halves the mean square of what it gets, if that is symmetric around 0. Weights
+    of variance 2 / fan_in restore it, layer after layer. PyTorch's default has a sixth
+    of that variance: AlexCapsNet would start with capsules of almost no length, where
+    squash is flat.
 
     The convolution of the primary capsules gets twice that standard deviation. Then
-    even the weakest capsule has |u| near 1, as DigitCapsules assumes. Also, a step of
-    Adam does not grow with the weights, so it turns these capsules half as far.
+    even the weakest capsule has |u| near 1, as DigitCapsules assumes.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -259,7 +259,7 @@ class CapsuleNetwork(nn.Module):
     """Images [B, 1, side, side], standardised -> digit capsules [B, J, D].
 
     A subclass says which input it wants (side, mean, std), where its primary capsules
-    sit (map_side, place_width), and builds three parts: `features`, the convolutions;
+    sit (map_side, place_stride), and builds three parts: `features`, the convolutions;
     `primary`, a PrimaryCapsules; and `digits`, a DigitCapsules. `reconstruction` is the
     weight of the decoder's loss; at 0 there is no decoder.
     """
@@ -268,7 +268,7 @@ class CapsuleNetwork(nn.Module):
     mean: float  # of the pixels in 0..1
     std: float
     map_side: int  # primary capsules sit at map_side x map_side places
-    place_width: int | None  # in pixels; None: each place sees the whole image
+    place_stride: int | None  # pixels between two places; None: all see the whole image
 
     def __init__(self, features, primary, digits, reconstruction: float = 0.0):
         super().__init__()
@@ -278,7 +278,9 @@ class CapsuleNetwork(nn.Module):
         initialise_convolutions(self)
         self.reconstruction = reconstruction
         self.decoder = None
-        if reconstruction > 0:  # last, so that the other weights start the same
+        if reconstruction > 0:
+            # It comes last, so that all other weights start with the same random values
+            # with and without a decoder.
             self.decoder = Decoder(digits.J, digits.D)
 
     def forward(self, images: Tensor, return_couplings: bool = False):
@@ -287,7 +289,10 @@ class CapsuleNetwork(nn.Module):
         return self.digits(u, return_couplings)  # -> [B, J, D]
 
     def scores(self, capsules: Tensor) -> Tensor:
-        """Class scores [B, J]: the lengths of the capsules. The longest is the answer."""
+        """Class scores [B, J]: the lengths of the capsules. The longest is the answer.
+
+        (In a network without capsules, results/plain.py, they are the logits.)
+        """
         return capsule_lengths(capsules)
 
     def loss(self, capsules: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -308,8 +313,8 @@ class CapsuleNetwork(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """What the decoder should draw: the network's own input, [B, 1, 28, 28] in 0..1.
 
-        An input of 28x28 stays as it is. One of 78x78 is averaged over windows of about
-        3x3 pixels.
+        An input of 28x28 stays as it is. One of 78x78 is averaged over windows of 3 or 4
+        pixels along each side.
         """
         pictures = nn.functional.adaptive_avg_pool2d(images, 28)
         return pictures * self.std + self.mean

@@ -36,7 +36,7 @@ MNIST_MD5 = {
 }
 SILENCE_SECONDS = 15  # give up on a mirror that sends nothing for this long
 DOWNLOAD_SECONDS = 300  # in total, for all files from all mirrors
-FILE_BYTES = 10_000_000  # the largest file of MNIST has 9,912,422 (packed)
+MAX_FILE_BYTES = 10_000_000  # the largest file of MNIST has 9,912,422 (packed)
 
 
 class UserError(Exception):
@@ -77,14 +77,15 @@ def md5(content: bytes) -> str:
 def download_mnist(data_dir: str | Path) -> None:
     """Download MNIST's four files into data_dir. UserError if that fails.
 
-    Nothing is written until all four have arrived. Each gets its name once complete.
+    Nothing is written until all four have arrived. Each file is written under a temporary
+    name, and then renamed.
     """
     from torchvision.datasets import MNIST  # slow to import, and only needed here
 
-    give_up = time.monotonic() + DOWNLOAD_SECONDS
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
     contents = {}
     for packed_name, checksum in MNIST.resources:  # "train-images-idx3-ubyte.gz", its MD5
-        packed = download_from_mirrors(MNIST.mirrors, packed_name, checksum, give_up)
+        packed = download_from_mirrors(MNIST.mirrors, packed_name, checksum, deadline)
         contents[packed_name.removesuffix(".gz")] = gzip.decompress(packed)
     raw = Path(data_dir) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -94,12 +95,12 @@ def download_mnist(data_dir: str | Path) -> None:
         os.replace(scratch, raw / name)
 
 
-def download_from_mirrors(mirrors: list[str], name: str, checksum: str, give_up: float) -> bytes:
+def download_from_mirrors(mirrors: list[str], name: str, checksum: str, deadline: float) -> bytes:
     """The file from the first mirror that has it. UserError if none does."""
     reasons = []
     for mirror in mirrors:
         try:
-            content = download(mirror + name, give_up)
+            content = download(mirror + name, deadline)
         except Exception as error:  # noqa: BLE001 - whatever it was, the next mirror may work
             reasons.append(f"{mirror}: {error or type(error).__name__}")
             continue
@@ -109,19 +110,19 @@ def download_from_mirrors(mirrors: list[str], name: str, checksum: str, give_up:
     raise UserError(f"the download failed ({'; '.join(reasons)})")
 
 
-def download(url: str, give_up: float) -> bytes:
+def download(url: str, deadline: float) -> bytes:
     """Download a URL. Raises an error if the server is silent, too slow, or sends too much.
 
-    `give_up` is a time of time.monotonic().
+    `deadline` is compared with time.monotonic().
     """
     content = bytearray()
     with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as response:
         while piece := response.read1(100_000):  # what has arrived, at most 100 kB
             content += piece
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {DOWNLOAD_SECONDS} s")
-            if len(content) > FILE_BYTES:
-                raise ValueError(f"more than {FILE_BYTES:,} bytes")
+            if len(content) > MAX_FILE_BYTES:
+                raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
     return bytes(content)
 
 
@@ -139,8 +140,8 @@ def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
     try:
         download_mnist(data_dir)
     except (UserError, OSError) as error:
-        names = ", no ".join(f"MNIST/raw/{name}" for name in missing)
-        reason = f"{data_dir} has no {names}, and {error}"
+        names = ", ".join(f"MNIST/raw/{name}" for name in missing)
+        reason = f"{data_dir} lacks {names}, and {error}"
         if choice == "auto":
             return "digits", reason
         hint = "put MNIST's files there, or use --dataset digits"
@@ -151,13 +152,14 @@ def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
 def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
     """Images uint8 [n, 28, 28] and labels int64 [n] of "train", "validation" or "test".
 
-    Only evaluate.py loads the test part; training never does.
+    Training never loads the test part.
     """
+    is_test = part == "test"
     if name == "mnist":
-        images, labels = load_mnist(data_dir, test=part == "test")
+        images, labels = load_mnist(data_dir, is_test)
     else:
-        images, labels = load_digits(test=part == "test")
-    if part == "test":
+        images, labels = load_digits(is_test)
+    if is_test:
         return images, labels
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(len(labels), generator=generator)
@@ -209,8 +211,8 @@ def images_to_input(
 ) -> Tensor:
     """uint8 [B, 28, 28] -> what `model` wants: float32 [B, 1, side, side], standardised.
 
-    shifts [B, 2] moves each image by its own pixels (of 28), to the right and down. Then
-    degrees [B] turns it by its own angle, counter-clockwise as torchvision's rotate does.
+    shifts [B, 2] says how far each image moves to the right and down, in pixels of the
+    28x28 image. Then degrees [B] says how far it turns, counter-clockwise as in torchvision.
     Shift, rotation and resize are ONE bilinear grid_sample. It comes before standardisation,
     so that corners which turn into the picture are black (0) rather than grey (the mean).
     TypeError if the images are not uint8: floats in 0..1 would be divided by 255 again.
@@ -218,22 +220,27 @@ def images_to_input(
     if images.dtype != torch.uint8:
         raise TypeError(f"images_to_input wants uint8 in 0..255, not {images.dtype}")
     x = images.unsqueeze(1).float() / 255  # [B, 28, 28] -> [B, 1, 28, 28] in 0..1
-    as_they_are = degrees is None and shifts is None
-    if not as_they_are or model.side != x.shape[-1]:
+    moved = degrees is not None or shifts is not None
+    if moved or model.side != x.shape[-1]:
         grid = sampling_grid(x, model.side, degrees, shifts)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (x - model.mean) / model.std
 
 
-def sampling_grid(x: Tensor, side: int, degrees: Tensor | None, shifts: Tensor | None) -> Tensor:
-    """Where each pixel of the output comes from in x [B, 1, 28, 28]: [B, side, side, 2].
+def sampling_grid(
+    images: Tensor, side: int, degrees: Tensor | None, shifts: Tensor | None
+) -> Tensor:
+    """Where each pixel of the output comes from in images [B, 1, 28, 28].
 
-    Coordinates run from -1 to 1 across the picture, so a pixel is 2 / 28 wide.
+    Returns [B, side, side, 2]. Coordinates run from -1 to 1 across the picture, so a pixel
+    is 2 / 28 wide.
     """
-    zero = torch.zeros(len(x), device=x.device)
+    B = len(images)
+    pixel = 2 / images.shape[-1]
+    zero = torch.zeros(B, device=images.device)
     angle = zero if degrees is None else torch.deg2rad(degrees)
-    right = zero if shifts is None else shifts[:, 0] * (2 / x.shape[-1])
-    down = zero if shifts is None else shifts[:, 1] * (2 / x.shape[-1])
+    right = zero if shifts is None else shifts[:, 0] * pixel
+    down = zero if shifts is None else shifts[:, 1] * pixel
     cos = angle.cos()
     sin = angle.sin()
     # The output's place (x, y) shows what was at
@@ -243,18 +250,20 @@ def sampling_grid(x: Tensor, side: int, degrees: Tensor | None, shifts: Tensor |
     #
     # because the shift came first. The y axis points down, so this matrix turns the picture
     # counter-clockwise.
-    rows = [cos, -sin, -right, sin, cos, -down]
-    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
-    return F.affine_grid(theta, [len(x), 1, side, side], align_corners=False)
+    entries = [cos, -sin, -right, sin, cos, -down]  # 6 times [B]
+    matrix = torch.stack(entries, dim=1).view(B, 2, 3)
+    return F.affine_grid(matrix, [B, 1, side, side], align_corners=False)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of an epoch's random numbers. Runs with different --seed share none, as long
-    as they have fewer than 1000 epochs. (PyTorch uses 32 bits of it.)"""
+    """The seed of an epoch's random numbers.
+
+    No two runs with different --seed use the same one, if they have fewer than 1000 epochs.
+    """
     return 1000 * seed + epoch
 
 
-class DigitBatches(Dataset):
+class DigitDataset(Dataset):
     """Labelled digits, which a DataLoader fetches in whole batches.
 
     With `rotate` (degrees) or `shift` (pixels) above 0, every image has one angle and one
@@ -265,7 +274,7 @@ class DigitBatches(Dataset):
     def __init__(self, images: Tensor, labels: Tensor, model, device, rotate=0.0, shift=0.0):
         self.images = images.to(device)  # uint8 [n, 28, 28]
         self.labels = labels.to(device)  # [n]
-        self.model = model  # says which input it wants
+        self.model = model  # a network or its class: it says which input it wants
         self.rotate = rotate
         self.shift = shift
         self.degrees = None  # of each image in this epoch: [n]
@@ -275,8 +284,8 @@ class DigitBatches(Dataset):
         """Draw this epoch's angles, uniform in ±rotate, and shifts, uniform in ±shift."""
         if self.rotate == 0 and self.shift == 0:
             return
-        # The permutation of the images has the same seed. That does no harm: an image's
-        # angle says nothing about its place in the order.
+        # The order of the images is drawn with the same seed, by another generator. That
+        # does no harm: an image's angle says nothing about its place in the order.
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         uniform = 2 * torch.rand(3, len(self.labels), generator=generator) - 1  # in -1..1
         device = self.labels.device
@@ -302,5 +311,5 @@ class DigitBatches(Dataset):
 
 
 def as_batch(batch):
-    """The collate_fn for DigitBatches, whose batches are already whole."""
+    """The collate_fn for a DigitDataset, whose batches are already whole."""
     return batch

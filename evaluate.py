@@ -95,9 +95,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def outputs(model, images: Tensor, angle: float = 0, title: str = "test digits") -> Tensor:
-    """What the model makes of uint8 [n, 28, 28], turned by `angle` degrees.
+    """The model's outputs for images, uint8 [n, 28, 28], turned by `angle` degrees.
 
-    For a capsule network, these are the digit capsules [n, J, D], on its device.
+    A capsule network's outputs are the digit capsules [n, J, D], on its device.
     """
     device = device_of(model)
     batches = images.to(device).split(BATCH)
@@ -176,18 +176,18 @@ def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
     n = len(labels)
     c = all_couplings(model, images)  # [T, n, J, N]
     to_true = c[:, torch.arange(n), labels]  # [T, n, N]: those to the true digit
-    at_the_end = to_true[-1]  # [n, N]: after the last iteration
+    # The rest is about the last iteration.
     is_other = labels.unsqueeze(1) != torch.arange(10)  # [n, J]
-    to_others = c[-1, is_other]  # [9n, N]
+    last_to_others = c[-1][is_other]  # [9n, N]
+    last_to_true = to_true[-1]  # [n, N]
     # WHERE do capsules turn to the true digit? Average over the images of a class and
     # over the capsules at a place. (Primary capsules are ordered by place first.)
     places = model.map_side**2
-    # [n, N] -> [10, n/10, places, types] -> [10, places]
-    maps = at_the_end.view(10, n // 10, places, -1)
-    maps = maps.double().mean(dim=(1, 3))
+    maps = last_to_true.view(10, n // 10, places, -1)  # -> [10, n/10, places, types]
+    maps = maps.double().mean(dim=(1, 3))  # -> [10, places]
     # HOW MANY do? Make two histograms: couplings to the true digit and to the others.
     histograms = []
-    for part in (at_the_end, to_others):
+    for part in (last_to_true, last_to_others):
         counts, _ = np.histogram(part, EDGES)
         histograms.append(100 * counts / part.numel())  # percent
     return {
@@ -203,7 +203,7 @@ def count_flops(model: nn.Module) -> int:
     A multiply-add, x * y + z, counts as 2.
     """
     image = torch.zeros(1, 28, 28, dtype=torch.uint8, device=device_of(model))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(images_to_input(image, model))
     return counter.get_total_flops()
 
@@ -252,12 +252,14 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 IN_WORDS = ("model", "dataset", "script", "precision", "world_size", "epochs", "device")
 # These are not described. The number of training images says what train_size does.
 LEFT_OUT = ("data_dir", "train_size", "seed", "dry_run")
-# Every other setting is described only if it differs from its default.
-USUAL = train_single.DEFAULTS.copy()
-for setting in (*IN_WORDS, *LEFT_OUT):
-    USUAL.pop(setting, None)
+# Every other setting is described only if it differs from this, its default.
+USUAL = {
+    name: value
+    for name, value in train_single.DEFAULTS.items()
+    if name not in (*IN_WORDS, *LEFT_OUT)
+}
 # The first settings in comparison.csv; those in USUAL follow them.
-COLUMNS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
+FIRST_COLUMNS = ("model", "dataset", "script", "precision", "world_size", "epochs", "train_images")
 ALL_OF_MNIST = 60_000 - VALIDATION_SIZE["mnist"]  # training images
 
 
@@ -270,7 +272,10 @@ def describe(run: dict) -> str:
 
 
 def settings_in_words(run: dict) -> dict[str, str]:
-    """The parts of a description: {setting: words}, with "" for a usual value."""
+    """The parts of a description: {setting: words}.
+
+    The words are "" if there is nothing to say, because the setting has its usual value.
+    """
     config = run["config"]
     words = {"model": MODELS[config["model"]].__name__}
     processes = config["world_size"]
@@ -326,8 +331,8 @@ def make_rows(runs: list[dict]) -> list[dict]:
 def make_row(name: str, group: list[dict]) -> dict:
     """A row of comparison.csv, from runs that differ only in their seed.
 
-    For each figure, NAME holds the mean, and NAME_std the standard deviation (None for
-    one run). "runs" holds the runs, and "values" their figures: neither is written.
+    For each metric, NAME holds the mean, and NAME_std the standard deviation (None for
+    one run). "runs" holds the runs, and "values" their metrics: neither is written.
     """
     seeds = set()
     for run in group:
@@ -336,54 +341,65 @@ def make_row(name: str, group: list[dict]) -> dict:
             raise UserError(f"{run['folder']} {text}")
         seeds.add(run["config"]["seed"])
     row = {"name": name, "n": len(group), "runs": group}
-    for setting in (*COLUMNS, *USUAL):
+    for setting in (*FIRST_COLUMNS, *USUAL):
         row[setting] = group[0]["config"][setting]
-    for figure in ("test_images", "parameters", "flops_per_image"):
-        row[figure] = group[0]["report"][figure]
-    fastest = min(group, key=fastest_epoch)
-    row["seconds"] = fastest_epoch(fastest)
+    for constant in ("test_images", "parameters", "flops_per_image"):
+        row[constant] = group[0]["report"][constant]
+    fastest = min(group, key=seconds_per_epoch)  # a run
+    row["seconds"] = seconds_per_epoch(fastest)
     row["hardware"] = fastest["config"]["hardware"]
-    row["values"] = figures_of(group)
-    for figure, values in row["values"].items():
-        row[figure] = round(float(np.mean(values)), 6)
-        row[f"{figure}_std"] = None
+    row["values"] = metrics_of(group)
+    for metric, values in row["values"].items():
+        row[metric] = round(float(np.mean(values)), 6)
+        row[f"{metric}_std"] = None
         if len(values) > 1:
-            row[f"{figure}_std"] = float(np.std(values, ddof=1))
+            row[f"{metric}_std"] = round(float(np.std(values, ddof=1)), 6)
     return row
 
 
-def fastest_epoch(run: dict) -> float:
-    """Its time in seconds. Other epochs may warm up, compile, or share the machine."""
+def seconds_per_epoch(run: dict) -> float:
+    """The training time of the run's fastest epoch.
+
+    Other epochs may warm up, compile, or share the machine with other work.
+    """
     return min(epoch["seconds"] for epoch in run["history"])
 
 
-def figures_of(group: list[dict]) -> dict[str, list[float]]:
-    """What is averaged over seeds: {figure: its values, in the order of the runs}."""
+def metrics_of(group: list[dict]) -> dict[str, list[float]]:
+    """What is averaged over seeds: {metric: its values, in the order of the runs}."""
     reports = [run["report"] for run in group]
-    figures = {
+    found = {
         "accuracy": [report["accuracy"] for report in reports],
         "errors": [report["errors"] for report in reports],
         "val_accuracy": [run["best"]["val_accuracy"] for run in group],
     }
-    turned = np.array([at_angles(report) for report in reports])  # [runs, angles]
-    for k, angle in enumerate(ANGLES[:6]):  # -90 ... -15
-        either_way = turned[:, [k, -1 - k]]  # by -90 and by 90 degrees, ...
-        figures[f"turned_{-angle}"] = either_way.mean(axis=1).tolist()
-    return figures
+    for angle in reversed(ANGLES):
+        if angle > 0:
+            found[f"turned_{angle}"] = [either_way(report, angle) for report in reports]
+    return found
+
+
+def either_way(report: dict, angle: int) -> float:
+    """The mean of a report's accuracies on digits turned by -angle and by angle."""
+    accuracy = report["rotation"]["accuracy"]
+    return (accuracy[str(-angle)] + accuracy[str(angle)]) / 2
 
 
 def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
     """The words that all rows have in common, and a name for each row without them."""
-    wordings = [settings_in_words(row["runs"][0]) for row in rows]
+    descriptions = [settings_in_words(row["runs"][0]) for row in rows]
     common = {}
     if len(rows) > 1:
-        for setting, words in wordings[0].items():
-            if all(wording[setting] == words for wording in wordings):
+        for setting, words in descriptions[0].items():
+            if all(description[setting] == words for description in descriptions):
                 common[setting] = words
     names = []
-    for row, wording in zip(rows, wordings, strict=True):
-        own = [words for setting, words in wording.items() if setting not in common]
-        names.append(join(own) or f"usual settings, {row['hardware']}")
+    for row, description in zip(rows, descriptions, strict=True):
+        own = [words for setting, words in description.items() if setting not in common]
+        name = join(own)
+        if not name:  # only the other rows have unusual settings
+            name = f"usual settings, {row['hardware']}"
+        names.append(name)
     return list(common.values()), names
 
 
@@ -464,8 +480,8 @@ def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path,
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
     }
     network = MODELS[run["config"]["model"]]
-    if "coupling_maps" in report:  # a plain network has none
-        if network.place_width is None:  # its capsules see nearly the whole image
+    if "coupling_maps" in report:  # some kept reports have none
+        if network.place_stride is None:  # its capsules see the whole image
             pictures["routing"] = draw_coupling_histograms(report)
         else:
             routed = images[first_of_each_class(labels, ROUTED)].numpy()
@@ -521,10 +537,11 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     curves = []
     figure, axis = plt.subplots(figsize=(11, 7))
     for rank, digit in enumerate(auc.argsort()):  # the worst first
-        false, true, _ = metrics.roc_curve(labels == digit, lengths[:, digit])
+        is_digit = labels == digit
+        false_rates, true_rates, _ = metrics.roc_curve(is_digit, lengths[:, digit])
         # The curve is a staircase: at each rate, take the last step that has begun.
-        steps = np.searchsorted(false, rates, side="right") - 1
-        curve = 100 * true[steps]
+        steps = np.searchsorted(false_rates, rates, side="right") - 1
+        curve = 100 * true_rates[steps]
         if rank < 3:
             label = f"digit {digit}: AUC {auc[digit]:.5f}"
             axis.plot(100 * rates, curve, color=COLOURS[rank], label=label)
@@ -534,8 +551,9 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     mean = np.mean(curves, axis=0)
     axis.plot(100 * rates, mean, "k--", label=f"mean: AUC {auc.mean():.5f}")
     # Near-perfect curves lie at the top, and only that part is shown. At a false positive
-    # rate of 0.2 %, the worst curve is at half the height of the axis.
-    worst = min(curve[rates < 0.002].max() for curve in curves)
+    # rate of 0.2 %, the worst curve is at about half the height of the axis.
+    at_02_percent = np.searchsorted(rates, 0.002) - 1
+    worst = min(curve[at_02_percent] for curve in curves)
     bottom = max(0, 2 * worst - 100.5)
     axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(bottom, 100.1))
     axis.set_xlabel("false positive rate (other digits mistaken for this one), in %")
@@ -578,9 +596,9 @@ def draw_curves(run: dict) -> tuple:
 def draw_accuracy(axis, x, curves: list[list[float]], **style) -> None:
     """The mean of accuracy curves in percent, and a band from the lowest to the highest.
 
-    The logit scale, log(p / (1 - p)), spaces 90, 99 and 99.9 % evenly.
+    The logit scale, log(p / (1 - p)), spaces 90, 99 and 99.9 % evenly. On this scale 100 %
+    lies at infinity: it is drawn as 99.99 %.
     """
-    # On this scale 0 and 1 lie at infinity.
     p = np.clip(curves, TICKS[0], TICKS[-1]) / 100
     axis.set_yscale("logit")
     axis.plot(x, p.mean(axis=0), **style)
@@ -590,9 +608,9 @@ def draw_accuracy(axis, x, curves: list[list[float]], **style) -> None:
     axis.set_yticks(np.array(TICKS) / 100, TICKS)  # places, labels
     axis.minorticks_off()  # there are enough
     # Choose from only three tops, so that most slides have the same one.
-    tops = [top for top in (0.998, 0.9995, 0.99992) if axis.dataLim.y1 < top]
+    top = next(top for top in (0.998, 0.9995, 0.99992) if axis.dataLim.y1 < top)
     bottom = min(0.98, 0.99 * axis.dataLim.y0)
-    axis.set(ylim=(bottom, tops[0]), ylabel="accuracy in % (logit scale)")
+    axis.set(ylim=(bottom, top), ylabel="accuracy in % (logit scale)")
 
 
 def worst_mistakes(lengths: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -623,7 +641,7 @@ def draw_mistakes(lengths: np.ndarray, labels: np.ndarray, images: np.ndarray) -
         axis.set_title(title, fontsize=14)
     mistakes = f"{len(wrong)} mistakes in {len(labels):,} test digits"
     return figure, (
-        f"the worst {len(worst)} of {mistakes}: \n"
+        f"the worst {len(worst)} of {mistakes}:\n"
         "true → predicted class, and the lengths of both capsules"
     )
 
@@ -664,11 +682,12 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     rows = network.map_side
     maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
-    # Where a place begins and ends, in pixels of the 28x28 image. The kernel of a place is
-    # a pixel wider than the stride, so the middle of what it sees lies half a pixel further
-    # right and down.
-    edges = network.place_width * np.arange(rows + 1) + 0.5
-    edges = edges * 28 / network.side - 0.5  # a pixel has its centre at a whole number
+    # Draw each place as a square around the middle of what it sees. The kernel of place k
+    # begins at pixel 8k of the input and is 9 pixels wide, so its middle is at 8k + 4.5. The
+    # square around it has a side of 8, from 8k + 0.5 to 8k + 8.5.
+    edges = network.place_stride * np.arange(rows + 1) + 0.5
+    edges = edges * 28 / network.side  # in pixels of the 28x28 image
+    edges -= 0.5  # in a picture, the first pixel begins at -0.5
     # Colours say how far a coupling is from an equal share, which is white.
     most = np.abs(maps - 0.1).max() + 1e-5
     figure, axes = plt.subplots(2, 5, figsize=(13, 6))
@@ -718,8 +737,8 @@ def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
 def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tuple:
     """Ten digits and the worst mistakes, redrawn from one capsule each.
 
-    If the network is wrong, the true digit's capsule is not the longest one. If it has
-    almost no length, its drawing is a blur of all digits.
+    If the network is wrong, the true digit's capsule is not the longest one. If the true
+    digit's capsule has almost no length, its drawing is a blur of all digits.
     """
     ten = first_of_each_class(labels, 1)
     mistakes = torch.from_numpy(worst_mistakes(lengths, labels.numpy()))
@@ -813,12 +832,12 @@ def save_comparison(rows: list[dict], file: Path) -> None:
         style = {"color": COLOURS[k % 7], "marker": "os^vD"[k % 5]}
         style["label"] = f"{name}, n = {row['n']}"
         epochs = np.arange(1, row["epochs"] + 1)
-        minutes = epochs * row["seconds"] / 60
+        minutes = epochs * row["seconds"] / 60  # of training, without validation
         draw_accuracy(left, epochs, curves, **style)
         draw_accuracy(right, minutes, curves, **style)
     left.locator_params(axis="x", integer=True)
     left.set_xlabel("epoch")
-    right.set(xlabel="minutes, at the fastest epoch's speed", xlim=(0, None), ylabel="")
+    right.set(xlabel="minutes of training, at the fastest epoch's speed", xlim=(0, None), ylabel="")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center")  # below both
     save(figure, f"Validation accuracy over epochs and over time\n{join(common)}", file)
@@ -826,8 +845,15 @@ def save_comparison(rows: list[dict], file: Path) -> None:
 
 # -- 4. Your own digits ------------------------------------------------------------
 
-# Five functions turn a photo into a picture like MNIST's:
-# brightness -> ink -> ink without the paper's lines -> the digit alone -> 28x28.
+# read_digit turns a photo into a picture like MNIST's. It calls, in this order:
+#
+#     read_brightness   the file -> brightness
+#     find_ink          brightness -> ink
+#     without_rules     ink -> ink without the paper's lines
+#     find_digit        ink -> where the digit is
+#     as_mnist          the digit's ink -> 28x28 pixels
+#
+# The other functions help them.
 
 SIDE = 480  # pixels: the longer side of every photo. All sizes below assume it.
 # The lead of the longest capsule over the second. 1 % of MNIST's test digits have less.
@@ -866,8 +892,9 @@ def read_brightness(file: Path) -> np.ndarray:
 def paper_lightness(brightness: np.ndarray) -> float:
     """Above 0 if the paper is light, below 0 if it is dark.
 
-    Near ink, most pixels are paper. So if most are lighter than the middle between the
-    lightest and the darkest neighbour, the paper is light. Areas without contrast add 0.
+    Near ink, most pixels are paper. So on light paper, a pixel is lighter on average than
+    the middle between its lightest and its darkest neighbour. Areas without contrast add
+    almost nothing.
     """
     near = SIDE // 8
     # A digit may fill the whole picture: continue the paper beyond its edges.
@@ -891,8 +918,9 @@ def find_ink(brightness: np.ndarray) -> np.ndarray:
     """Brightness [h, w] -> ink, 0 to 1: how much darker than the paper a pixel is."""
     # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    # The closing's window is a square, so in the rounded corners of a shadow the paper
-    # is too light. Spread the dark by 2 pixels in each step, down to the picture itself.
+    # The closing's window is a square, so in the rounded corners of a shadow this is too
+    # light. In each step a pixel takes the darkest value within 2 pixels, but it does not
+    # become darker than the picture itself.
     for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
     # Divide by at least 0.4, so that the grain of a black desk does not count as ink.
@@ -903,78 +931,84 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
     """Ink [h, w] -> the ink of thin straight lines from the left edge to the right."""
     height, width = ink.shape
     columns = np.arange(0, width, 4)  # a quarter of the columns is enough
-    n = len(columns)
-    lines = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
-    thin = lines - ndimage.grey_opening(lines, (SIDE // 30, 1))
-    rules = np.zeros_like(lines)
+    dark = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
+    thin = ndimage.white_tophat(dark, (SIDE // 30, 1))  # what is less than 16 pixels high
+    rules = np.zeros_like(dark)
     for slope in np.linspace(-0.1, 0.1, 21):
         rise = np.round(slope * columns).astype(int)
-        # Each row follows one line. What leaves at the bottom comes back at the top.
+        # rows[y] follows the line that begins at height y. It leaves the picture at the
+        # bottom and comes back at the top.
         rows = (np.arange(height)[:, None] + rise) % height
-        along = np.sort(np.take_along_axis(lines, rows, axis=0))
-        thin_along = np.sort(np.take_along_axis(thin, rows, axis=0))
-        # The ink along each line is sorted, lightest first. A rule needs two things: 80 %
-        # of it has ink, so it has few gaps; a third of it has thin ink, so it is no edge.
-        rule = np.minimum(along[:, n // 5], thin_along[:, 2 * n // 3])
+        dark_along = np.take_along_axis(dark, rows, axis=0)
+        thin_along = np.take_along_axis(thin, rows, axis=0)
+        # A rule has few gaps: 80 % of it has at least this much ink.
+        without_gaps = np.quantile(dark_along, 0.2, axis=1, keepdims=True)
+        # It is thin, not the edge of something wide: so is at least a third of it.
+        thinness = np.quantile(thin_along, 2 / 3, axis=1, keepdims=True)
+        rule = np.minimum(without_gaps, thinness)  # [height, 1]
         known = np.take_along_axis(rules, rows, axis=0)
-        np.put_along_axis(rules, rows, np.maximum(known, rule[:, None]), axis=0)
+        np.put_along_axis(rules, rows, np.maximum(known, rule), axis=0)
     return rules.repeat(4, axis=1)[:, :width]
 
 
 def without_rules(ink: np.ndarray) -> np.ndarray:
     """Ink without the lines of lined and squared paper, margins and frames."""
     rules = np.maximum(find_rules(ink), find_rules(ink.T).T)
-    left = np.where(ink > 1.5 * rules, ink, 0)  # a stroke that crosses a rule is darker
-    if left.max() < 0.3 * ink.max():  # hardly any ink is left: the line was a digit 1
+    others = np.where(ink > 1.5 * rules, ink, 0)  # a stroke that crosses a rule is darker
+    if others.max() < 0.3 * ink.max():  # hardly any ink remains: the line was a digit 1
         return ink
-    return left
+    return others
 
 
 def without_boxes(parts: np.ndarray) -> np.ndarray:
     """Numbered parts [h, w] -> the same without a form's boxes around other parts."""
-    left = parts.copy()
+    remaining = parts.copy()
     for number, place in enumerate(ndimage.find_objects(parts), start=1):
         own = parts[place] == number
         hole = ndimage.binary_fill_holes(own) & ~own
         inside = np.count_nonzero(parts[place][hole])
         if inside > 0.2 * own.sum():  # more than a speck
-            left[place][own] = 0
-    return left
+            remaining[place][own] = 0
+    return remaining
 
 
-def with_near_parts(whole: np.ndarray, main: np.ndarray) -> np.ndarray:
-    """The main part of a digit, and all parts within a tenth of its height: bool [h, w].
+def with_near_parts(candidates: np.ndarray, main: np.ndarray) -> np.ndarray:
+    """The main part of a digit, and candidates within a tenth of its height: bool [h, w].
 
     Broken strokes belong to a digit, and so does the roof of a 5.
     """
     height = np.ptp(main.nonzero()[0]) + 1
     # Parts that are a tenth apart touch if each grows by a twentieth.
-    near = ndimage.distance_transform_edt(~whole) < 0.05 * height
+    near = ndimage.distance_transform_edt(~candidates) < 0.05 * height
     groups, _ = ndimage.label(near, np.ones((3, 3)))  # diagonal neighbours, too
-    return whole & (groups == groups[main][0])
+    return candidates & (groups == groups[main][0])
 
 
 def find_digit(ink: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Ink [h, w] -> where the digit is, bool [h, w], and the reasons to doubt it."""
     height, width = ink.shape
-    # 1 in the middle of the picture, 0 at its edges
-    depth = np.outer(np.hanning(height), np.hanning(width))
-    central = ink * depth
+    # 1 in the middle of the picture, exactly 0 at its edges
+    centrality = np.outer(np.hanning(height), np.hanning(width))
+    central = ink * centrality
+    # The darkest ink of all may be a desk at the edge, so the threshold is relative to
+    # the darkest ink near the middle.
     parts, count = ndimage.label(ink > 0.3 * central.max(), np.ones((3, 3)))
     parts = without_boxes(parts)
     numbers = np.arange(count + 1)  # 0 is the paper
-    at_edge = np.isin(numbers, parts[depth == 0])
-    weight = ndimage.sum(central, parts, numbers)
+    # The main part has the most ink near the middle.
+    at_edge = np.isin(numbers, parts[centrality == 0])
+    weight = ndimage.sum_labels(central, parts, numbers)
     weight[at_edge] *= 0.3
     weight[0] = 0
     main = weight.argmax()
+    # Which other parts may belong to it?
     darkest = ndimage.maximum(ink, parts, numbers)
-    wanted = darkest > 0.5 * darkest[main]  # what is fainter is shadow or grain
+    is_candidate = darkest > 0.5 * darkest[main]  # what is fainter is shadow or grain
     if not at_edge[main]:
-        wanted &= ~at_edge  # these are a desk, a finger or a neighbour
-    whole = wanted[parts] & (parts > 0)
-    digit = with_near_parts(whole, parts == main)
-    others = whole & ~digit
+        is_candidate &= ~at_edge  # these are a desk, a finger or a neighbour
+    candidates = is_candidate[parts] & (parts > 0)
+    digit = with_near_parts(candidates, parts == main)
+    others = candidates & ~digit
     ys, xs = digit.nonzero()
     doubts = {
         "several candidates": central[others].sum() > 0.2 * central[digit].sum(),
@@ -989,15 +1023,15 @@ def as_mnist(ink: np.ndarray) -> np.ndarray:
     """The ink of one digit [h, w] -> uint8 [28, 28], light on black, like MNIST's."""
     ink = np.clip(ink / ink.max() - 0.3, 0, None)  # the rim of a stroke is half paper
     box = ndimage.find_objects((ink > 0).astype(int))[0]
-    image = Image.fromarray(ink[box])
-    scale = 20 / max(image.size)  # MNIST's digits fit into 20x20
-    size = [max(1, round(scale * length)) for length in image.size]
-    ink = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    y, x = ndimage.center_of_mass(ink)  # this point goes to the middle
-    image = Image.fromarray((255 * ink / ink.max()).astype(np.uint8))
-    digit = Image.new("L", (28, 28))
-    digit.paste(image, (round(14 - x), round(14 - y)))
-    return np.array(digit)
+    digit = Image.fromarray(ink[box])
+    scale = 20 / max(digit.size)  # MNIST's digits fit into 20x20
+    size = [max(1, round(scale * length)) for length in digit.size]
+    small = np.asarray(digit.resize(size, Image.Resampling.BILINEAR))
+    y, x = ndimage.center_of_mass(small)  # this point goes to the middle
+    canvas = Image.new("L", (28, 28))
+    pixels = (255 * small / small.max()).astype(np.uint8)
+    canvas.paste(Image.fromarray(pixels), (round(14 - x), round(14 - y)))
+    return np.array(canvas)
 
 
 def read_digit(file: Path) -> dict:
@@ -1011,7 +1045,10 @@ def read_digit(file: Path) -> dict:
     if abs(light) < 0.03:  # a thick digit that fills the picture has hardly any paper
         photo = with_margin(photo)
         light = paper_lightness(photo)
-    ink = without_rules(find_ink(photo if light > 0 else 1 - photo))
+    dark_on_light = photo if light > 0 else 1 - photo
+    ink = without_rules(find_ink(dark_on_light))
+    # Ink in the outermost pixels alone is no digit. A tiny picture has no others, hence
+    # initial=0. A TIFF of floats may hold nan.
     darkest = ink[1:-1, 1:-1].max(initial=0)
     if np.isnan(darkest) or darkest < 0.1:
         raise UserError(f"{file}: no digit can be seen: use a darker pen or more light")
@@ -1083,7 +1120,8 @@ def draw_readings(readings: list[dict]):
             elif column == "lengths":
                 draw_lengths(axis, reading)
             else:
-                axis.imshow(reading[column], cmap="gray_r")  # as ink on paper
+                most = 255 if column == "digit" else 1  # of 0..255, or of 0..1
+                axis.imshow(reading[column], cmap="gray_r", vmin=0, vmax=most)  # ink on paper
                 axis.set(xticks=[], yticks=[])
     for axis, column in zip(axes[0], widths, strict=True):
         if column != "lengths":  # they have titles of their own
@@ -1094,11 +1132,12 @@ def draw_readings(readings: list[dict]):
 def draw_photo(axis, reading: dict) -> None:
     """The photo with a box around the digit."""
     rows, columns = reading["box"]
-    left_and_right = [columns.start, columns.stop]
-    top_and_bottom = [rows.start, rows.stop]
+    width = columns.stop - columns.start
+    height = rows.stop - rows.start
+    corner = (columns.start, rows.start)
+    box = plt.Rectangle(corner, width, height, fill=False, edgecolor=RED, linewidth=2.5)
     axis.imshow(reading["photo"], cmap="gray", vmin=0, vmax=255)
-    axis.vlines(left_and_right, *top_and_bottom, color=RED)
-    axis.hlines(top_and_bottom, *left_and_right, color=RED)
+    axis.add_patch(box)
     axis.set(xticks=[], yticks=[])
 
 
@@ -1235,10 +1274,11 @@ def check_like(values: dict, examples: dict) -> None:
         if kind == "i" and expected.dtype.kind == "f":
             kind = "f"
         fits = kind == expected.dtype.kind and found.shape == expected.shape
-        if fits and kind in "if":
+        if fits and kind in ("i", "f"):
             fits = np.all((found >= 0) & (found < 1e15))  # False for nan
         if not fits:
-            raise ValueError(f"{name} is {values[name]!r:.60}")
+            shown = repr(values[name])[:60]
+            raise ValueError(f"{name} is {shown}")
 
 
 # For check_like: a value of the right type and shape for each name in a file. The value
@@ -1249,7 +1289,13 @@ SETTINGS = train_single.DEFAULTS | {  # config.json
     "hardware": "2 CPU threads",
     "train_images": 55_000,
 }
-EPOCH = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+EPOCH = {  # a line of metrics.csv
+    "train_loss": 0.01,
+    "train_accuracy": 99.5,
+    "val_loss": 0.01,
+    "val_accuracy": 99.5,
+    "seconds": 100.0,
+}
 REPORT = {  # report.json
     "kept_epoch": 20,
     "kept_val_accuracy": 99.0,
@@ -1321,7 +1367,7 @@ def parse_history(content: bytes) -> list[dict]:
     lines = io.StringIO(content.decode(), newline="")
     for epoch, texts in enumerate(csv.DictReader(lines), start=1):
         row = {name: float(text) for name, text in texts.items()}
-        check_like(row, dict.fromkeys(EPOCH, 99.5))
+        check_like(row, EPOCH)
         row["epoch"] = epoch  # a whole number
         history.append(row)
     return history
@@ -1383,7 +1429,7 @@ def parse_lengths(content: bytes) -> np.ndarray:
 
 
 def is_archived(run: dict) -> bool:
-    """True if best.pt is gone. Then only the report of the run can be shown."""
+    """True if best.pt is gone. Then no new report can be made."""
     return not (run["folder"] / "best.pt").exists()
 
 

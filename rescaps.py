@@ -37,15 +37,15 @@ class ResidualBlock(nn.Module):
 class ResCapsNet(CapsuleNetwork):
     """[B, 1, 78, 78] standardised digits -> digit capsule vectors [B, 10, 16]."""
 
-    # The report's input size: its 9x9 convolution with stride 8 then has
+    # 78 is the report's input size. The last convolution, 9x9 with stride 8, then has
     # (78 - 9) // 8 + 1 = 9 places along each side.
     side = 78
     # Departure 1: the input is standardised. The report's input lies in 0..1.
     mean = 0.1307
     std = 0.3081
-    # The primary capsules sit at 9x9 places, 8 pixels apart. Each place sees 17x17.
+    # The primary capsules sit at 9x9 places, 8 pixels apart. Each sees 17x17 pixels.
     map_side = 9
-    place_width = 8
+    place_stride = 8
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         # Departure 2: no bias in the first convolution, because BatchNorm follows. The
@@ -61,7 +61,7 @@ class ResCapsNet(CapsuleNetwork):
         )
         # Departure 3: the primary capsules are squashed, as in [S17]. The report does
         # not squash them. There are 16 at each of 9x9 places: [B, 1296, 8].
-        primary = PrimaryCapsules(32, types=16, dim=8, kernel_size=9, stride=8)
+        primary = PrimaryCapsules(32, types=16, I=8, kernel_size=9, stride=8)
         digits = DigitCapsules(N=1296, I=8, iterations=routing_iterations)  # [B, 10, 16]
         # Departure 4: the initialisation, as in AlexCapsNet.
         super().__init__(features, primary, digits, reconstruction)

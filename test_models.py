@@ -178,7 +178,7 @@ def test_votes_are_each_capsules_own_matrix_product():
 
 
 def test_a_primary_capsule_comes_from_one_place():
-    layer = capsules.PrimaryCapsules(2, types=3, dim=4, kernel_size=1)
+    layer = capsules.PrimaryCapsules(2, types=3, I=4, kernel_size=1)
     x = torch.randn(1, 2, 5, 5)
     changed = x.clone()
     # At place 1 * 5 + 2 = 7, the three capsules must change. All others must not.
@@ -476,7 +476,7 @@ def test_parts_are_disjoint_stable_and_stratified():
 
 def test_angles_and_shifts_depend_on_seed_and_epoch_alone():
     images, labels = data.load("digits", "", "train")
-    dataset = data.DigitBatches(images, labels, AlexCapsNet, "cpu", rotate=10, shift=2)
+    dataset = data.DigitDataset(images, labels, AlexCapsNet, "cpu", rotate=10, shift=2)
     dataset.set_epoch(0, 1)
     first = torch.cat([dataset.degrees.unsqueeze(1), dataset.shifts], dim=1)  # [n, 3]
     for drawn, limit in zip(first.T, (10, 2, 2), strict=True):
@@ -690,7 +690,7 @@ def test_offline_first_run(tmp_path):
     flags = ("--dataset", "mnist", "--data-dir", tmp_path / "data")
     with mock.patch.dict(os.environ, OFFLINE):
         error = single("--model", "alexcaps", *flags)
-    words = ("has no MNIST/raw/train-images", "download failed", "--dataset digits")
+    words = ("lacks MNIST/raw/train-images", "download failed", "--dataset digits")
     assert_one_line(error, *words)
     run = tmp_path / "runs" / "alexcaps-single-digits-seed3"
     expected = {*train_single.RUN_FILES, ".lock"} - {"report.json"}
@@ -1160,7 +1160,7 @@ def test_nothing_reads_the_device_but_the_looks(monkeypatch):
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
     monkeypatch.setattr(evaluate, "BATCH", 20)
     assert evaluate.predict(run.model, images, angle=10).device == CPU
-    assert [x.shape for x in downloads] == [(20, 10), (12, 10)]
+    assert [x.shape for x in downloads] == [(32, 10)]  # once, for both batches
 
 
 # -- train_ddp.py ----------------------------------------------------------------------------------
@@ -1200,7 +1200,7 @@ def digits_run(network, accumulation=1, batch_size=32, images=192, reconstructio
     train_set, held_out = train_single.make_datasets(run.config, CPU)
     few_images = held_out.images[:51]
     few_labels = held_out.labels[:51]
-    held_out = data.DigitBatches(few_images, few_labels, run.model, CPU)
+    held_out = data.DigitDataset(few_images, few_labels, run.model, CPU)
     return run, train_set, held_out
 
 
@@ -1542,11 +1542,11 @@ def test_threads_of_a_rank(monkeypatch):
     for launched, threads in ((True, "1"), (True, "3"), (False, "1")):
         monkeypatch.setattr(train_ddp, "LAUNCHED", launched)
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        assert train_ddp.pick_device({"device": "cpu"}) == CPU
+        assert train_ddp.prepare_device({"device": "cpu"}) == CPU
     assert [call.args for call in asked.call_args_list] == [(2,)]
     monkeypatch.setattr(train_ddp, "LAUNCHED", True)
     monkeypatch.delenv("OMP_NUM_THREADS")  # another launcher does not set it
-    train_ddp.pick_device({"device": "cpu"})
+    train_ddp.prepare_device({"device": "cpu"})
     assert asked.call_count == 2
 
 
@@ -1601,14 +1601,14 @@ def test_maps_and_histograms_of_couplings_by_hand():
 
 @both_networks
 def test_places_of_the_map(network):
-    """map_side is the side of the primary capsules' map. place_width is the stride."""
+    """map_side is the side of the primary capsules' map. place_stride is the stride."""
     model = network()
     image = torch.zeros(1, 1, model.side, model.side)
     with torch.no_grad():
         maps = model.primary.conv(model.features(image))
     assert maps.shape[2:] == (model.map_side, model.map_side)
-    if model.place_width is not None:
-        assert model.primary.conv.stride == (model.place_width, model.place_width)
+    if model.place_stride is not None:
+        assert model.primary.conv.stride == (model.place_stride, model.place_stride)
 
 
 def test_accuracy_at_each_angle(monkeypatch):

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import train_single
-from data import DigitBatches, UserError, as_batch, epoch_seed
+from data import DigitDataset, UserError, as_batch, epoch_seed
 from train_single import SHOW_EVERY, Run, progress, show, tally
 
 # DDP: torchrun tells each process who it is. If any of these variables is missing, there is
@@ -64,7 +64,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 # -- One epoch, and validation -----------------------------------------------------
 
 
-def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatches) -> Tensor:
+def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDataset) -> Tensor:
     """Train for one epoch on this rank's part of the images. Returns the sums over all ranks.
 
     All ranks take the same optimizer steps, because they have the same gradients.
@@ -72,30 +72,33 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
     config = run.config
     epoch = len(run.history) + 1
     dataset.set_epoch(config["seed"], epoch)
-    # DDP: the sampler shuffles with seed + epoch, which equals epoch_seed(seed, epoch), so the
-    # order is that of train_single.py. Rank r takes positions r, r + WORLD_SIZE, ... If the
+    # DDP: the sampler adds the epoch to the seed that we give it, which makes it
+    # epoch_seed(seed, epoch): the order is that of train_single.py. Rank r takes positions r, r + WORLD_SIZE, ... If the
     # number of images is not divisible by WORLD_SIZE, the sampler repeats the first few, so
     # that every rank takes the same number of steps.
     sampler = DistributedSampler(dataset, WORLD_SIZE, RANK, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
     # With --accumulation-steps k, the gradients of k batches (a group) are added up before an
-    # optimizer step. It is the step of a batch k times as large, but needs no more memory.
-    accumulate = config["accumulation_steps"]  # batches in a group
-    group_images = accumulate * config["batch_size"]  # images in a group, on this rank
-    rank_images = len(sampler)  # images in the epoch, on this rank
+    # optimizer step. Without BatchNorm, it is the step of a batch k times as large, but it
+    # needs no more memory. The last group of an epoch may be smaller.
+    batches_per_group = config["accumulation_steps"]
+    full_group = batches_per_group * config["batch_size"]  # images, on this rank
+    images_per_epoch = len(sampler)  # on this rank
     device = dataset.labels.device
-    dtype = PRECISIONS[config["precision"]]  # AMP:
+    dtype = PRECISIONS[config["precision"]]  # AMP: of products
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP:
+    bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP: one bar
     ddp.train()
     for batch_number, (images, labels) in enumerate(bar, start=1):
-        last_of_group = batch_number % accumulate == 0 or batch_number == len(loader)
+        last_of_epoch = batch_number == len(loader)
+        last_of_group = batch_number % batches_per_group == 0 or last_of_epoch
         # DDP: under no_sync, backward only adds to this rank's own gradients. The backward of
         # the group's last batch averages their sum over ranks: one exchange per group.
-        synchronise = nullcontext() if last_of_group else ddp.no_sync()
-        with synchronise:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # AMP:
+        exchange = nullcontext() if last_of_group else ddp.no_sync()
+        with exchange:
+            # AMP: inside, products are computed in dtype
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 capsules = ddp(images)  # DDP: through ddp, which prepares the averaging
                 # DDP has given each parameter a function (a hook) that runs when backward
                 # has computed its gradient. So the decoder's gradients are averaged, too,
@@ -104,8 +107,8 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
             # The loss is the mean over one batch. We want the mean over the whole group, so
             # each batch counts in proportion to its images. Without the weight, the
             # gradient of a group of k batches would be k times too large.
-            images_in_earlier_groups = (batch_number - 1) // accumulate * group_images
-            images_in_group = min(group_images, rank_images - images_in_earlier_groups)
+            images_in_earlier_groups = (batch_number - 1) // batches_per_group * full_group
+            images_in_group = min(full_group, images_per_epoch - images_in_earlier_groups)
             weight = len(labels) / images_in_group
             run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
@@ -114,13 +117,13 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitBatche
             run.scaler.update()
             run.optimizer.zero_grad()
         sums += tally(loss, run.model.scores(capsules), labels)
-        if batch_number % SHOW_EVERY == 0 or batch_number == len(loader):
-            # DDP: show the same numbers on all ranks, so all stop if the loss is not finite.
+        if batch_number % SHOW_EVERY == 0 or last_of_epoch:
+            # DDP: all ranks read the same sums, so all stop if the loss is not finite.
             show(bar, summed(sums))
     return summed(sums)  # DDP: over all ranks
 
 
-def validate(model: nn.Module, dataset: DigitBatches) -> Tensor:
+def validate(model: nn.Module, dataset: DigitDataset) -> Tensor:
     """Call train_single.validate in float32, with each image on exactly one rank.
 
     Returns the sums over all ranks.
@@ -155,7 +158,8 @@ def join() -> dist.Store:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # The library that carries data between ranks: NCCL between GPUs, otherwise gloo. Ranks
     # that share a GPU need gloo, too, because NCCL refuses them.
-    backend = "cpu:gloo,cuda:nccl" if 0 < gpus and LOCAL_WORLD_SIZE <= gpus else "gloo"
+    gpu_each = 0 < LOCAL_WORLD_SIZE <= gpus
+    backend = "cpu:gloo,cuda:nccl" if gpu_each else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} is waiting for the others at {os.environ['MASTER_ADDR']}", flush=True)
     try:
@@ -184,10 +188,11 @@ def store_of_rank_0(launch_store: dist.Store, host: str) -> dist.Store:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         launch_store.set("port", str(store.port))
         return store
-    give_up = time.monotonic() + TIMEOUT.total_seconds()
-    while time.monotonic() < give_up:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
         port = int(launch_store.get("port"))  # waits until rank 0 has set it
         with suppress(OSError, dist.DistError):
+            # A dead rank's port refuses this at once; TCPStore would try until TIMEOUT.
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, timeout=TIMEOUT)
         time.sleep(0.1)
@@ -230,14 +235,14 @@ def on_rank_0(work):
 def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
     """What rank 0 decides for all ranks: the flags, the settings and the run's folder."""
     given = after_restart(given, launch_store)
-    fixed = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder = train_single.read_command(given, fixed)
+    script = {"script": "ddp", "world_size": WORLD_SIZE}
+    config, folder = train_single.read_command(given, script)
     if config["device"] not in ("cpu", "cuda"):
         hint = "each rank takes its own; give cpu or cuda"
         raise UserError(f"--device {config['device']}: {hint}")
     on_cpu = config["device"] == "cpu"
     if "resume" not in given:
-        config["precision"] = pick_precision(given.get("precision"), on_cpu)  # AMP:
+        config["precision"] = pick_precision(given.get("precision"), on_cpu)  # AMP: for all ranks
         config["id"] = secrets.token_hex(8)
         # DDP: before the run is saved for the first time, so that no restart misses it
         launch_store.set("run", json.dumps([config["id"], str(folder)]))
@@ -291,13 +296,13 @@ def cpu_has_bfloat16() -> bool:
     else:
         info = Path("/proc/cpuinfo")  # only on Linux
         flags = info.read_text().split() if info.exists() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"}.isdisjoint(flags)
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
-def pick_device(config: dict) -> torch.device:
-    """DDP: this rank's device; on the CPU, this rank's part of the cores."""
+def prepare_device(config: dict) -> torch.device:
+    """DDP: this rank's GPU; or the CPU, after this rank has taken its part of the cores."""
     if config["device"] == "cuda":
-        gpus = max(1, torch.cuda.device_count())  # if there is none, find_device says so
+        gpus = max(1, torch.cuda.device_count())  # without a GPU, find_device complains
         return train_single.find_device(f"cuda:{LOCAL_RANK % gpus}")
     if LAUNCHED and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets OMP_NUM_THREADS to 1 if you did not set it, which leaves cores idle.
@@ -307,19 +312,11 @@ def pick_device(config: dict) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare(given: dict, config: dict, folder: Path) -> tuple[Run, DigitBatches, DigitBatches]:
-    """Make the datasets and the run, as train_single.main does.
-
-    To resume, every machine needs the run's folder.
-    """
-    device = pick_device(config)  # DDP: this rank's own
+def prepare(config: dict, folder: Path) -> tuple[Run, DigitDataset, DigitDataset]:
+    """Make the run and the datasets, as train_single.main does."""
+    device = prepare_device(config)  # DDP: this rank's own
     train_set, validation_set = train_single.make_datasets(config, device)
-    run = Run(config, folder, device)
-    if RANK == 0:  # DDP: one rank writes
-        train_single.open_folder(run, given)
-    elif "resume" in given:
-        run.load()
-    return run, train_set, validation_set
+    return Run(config, folder, device), train_set, validation_set
 
 
 def wrap(run: Run) -> DistributedDataParallel:
@@ -345,13 +342,17 @@ def main() -> None:
     )
     flag("--accumulation-steps", "batches per optimizer step", type=count, metavar="N")
     flag("--sync-bn", "BatchNorm over the batches of all ranks; GPUs only", action="store_true")
-    given = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
+    flags = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
     refuse_half_a_launch()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
     # DDP: meet, decide, prepare
     launch_store = join()
-    given, config, folder = on_rank_0(lambda: plan(given, launch_store))
-    run, train_set, validation_set = together(lambda: prepare(given, config, folder))
+    given, config, folder = on_rank_0(lambda: plan(flags, launch_store))
+    run, train_set, validation_set = together(lambda: prepare(config, folder))
+    # DDP: rank 0 locks the folder first. Then nobody else writes while all ranks read it.
+    on_rank_0(lambda: train_single.open_folder(run, given))
+    if "resume" in given:
+        together(run.load)  # on several machines, each needs the folder
     on_rank_0(lambda: train_single.begin(run, train_set))
     if RANK == 0:
         signal.signal(signal.SIGINT, lambda *_: stop(run))
@@ -363,13 +364,16 @@ def main() -> None:
         validated = validate(run.model, validation_set)
         run.finish_epoch(trained, validated, seconds)
         on_rank_0(run.save)  # DDP: one rank writes
-        on_rank_0(lambda: print(run.epoch_line(), flush=True))  # DDP: ... and prints
-    on_rank_0(lambda: train_single.print_outro(run))
+        if RANK == 0:  # DDP: ... and prints
+            print(run.epoch_line(), flush=True)
+    if RANK == 0:
+        train_single.print_outro(run)
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
 
 
 def refuse_half_a_launch() -> None:
-    """DDP: UserError if there are several processes, but one of the variables is missing.
+    """DDP: UserError if RANK and WORLD_SIZE say that there are several processes, but another
+    variable is missing.
 
     Otherwise every process would believe that it is alone, and train the same run.
     """
@@ -383,7 +387,8 @@ def stop(run: Run) -> None:
     """Ctrl-C on rank 0: leave at once. The other ranks stop on the same signal, so rank 0
     must not wait for them."""
     command = "python train_ddp.py"
-    if LAUNCHED:  # on several machines, repeat all flags of torchrun
+    if LAUNCHED:
+        # On several machines we do not know all flags of torchrun. "..." stands for them.
         ranks = f"--nproc_per_node={WORLD_SIZE}" if WORLD_SIZE == LOCAL_WORLD_SIZE else "..."
         command = f"torchrun {ranks} train_ddp.py"
     train_single.print_stopped(run, command)
@@ -391,4 +396,4 @@ def stop(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=LOCAL_RANK > 0, leave=leave)
+    train_single.run_main(main, last_to_speak=LOCAL_RANK > 0, leave=leave)

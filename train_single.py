@@ -21,14 +21,17 @@ Then open train_ddp.py beside it.
 """
 
 import argparse
+import ctypes
 import io
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,7 +42,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from alexcaps import AlexCapsNet
-from data import DigitBatches, UserError, as_batch, epoch_seed, load, resolve_dataset
+from data import DigitDataset, UserError, as_batch, epoch_seed, load, resolve_dataset
 from rescaps import ResCapsNet
 
 MODELS = {"alexcaps": AlexCapsNet, "rescaps": ResCapsNet}
@@ -49,7 +52,7 @@ SHOW_EVERY = 20  # steps between two updates of the loss in the progress bar
 # -- 1. One epoch, and validation --------------------------------------------------
 
 
-def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
+def train_one_epoch(run: "Run", dataset: DigitDataset) -> Tensor:
     """Train for one epoch. Returns 3 sums: loss x images, hits, images (see tally).
 
     `run` (part 2) owns the model, its optimizer, the settings and the history, which
@@ -87,7 +90,7 @@ def train_one_epoch(run: "Run", dataset: DigitBatches) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, dataset: DigitBatches, indices=None, hidden=False) -> Tensor:
+def validate(model: nn.Module, dataset: DigitDataset, indices=None, hidden=False) -> Tensor:
     """Evaluate the model. Returns the 3 sums of tally over all validation images, or only
     over those at `indices`.
 
@@ -111,32 +114,32 @@ def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     loss.item() would, in every step.
     """
     hits = (scores.argmax(dim=1) == labels).sum()
-    images = torch.full_like(hits, len(labels))
-    return torch.stack([loss.detach() * images, hits, images])
+    count = torch.full_like(hits, len(labels))
+    return torch.stack([loss.detach() * count, hits, count])
 
 
 def progress(loader: DataLoader, title: str, hidden: bool = False) -> tqdm:
     """The loader's batches, with a progress bar unless it is `hidden`."""
-    # None: tqdm shows the bar only in a terminal.
-    return tqdm(loader, title, leave=False, disable=True if hidden else None)
+    disable = True if hidden else None  # None: the bar appears only in a terminal
+    return tqdm(loader, title, leave=False, disable=disable)
 
 
 def show(bar: tqdm, sums: Tensor) -> None:
-    """Show the means so far. UserError if the loss is no longer a finite number.
+    """Show the means so far. Stop training if the loss is no longer a finite number.
 
     The means are over all images of the epoch so far, not over the last batch alone.
     """
-    loss, hits, images = read_sums(sums)
-    bar.set_postfix_str(f"loss {loss / images:.4f}, accuracy {hits / images:.2%}")
+    loss_sum, hits, count = read_sums(sums)
+    bar.set_postfix_str(f"loss {loss_sum / count:.4f}, accuracy {hits / count:.2%}")
 
 
 def read_sums(sums: Tensor) -> list[float]:
     """The sums as Python numbers. UserError if the loss is not finite."""
-    loss, hits, images = sums.tolist()  # CPU-GPU sync point
-    if not math.isfinite(loss):
+    loss_sum, hits, count = sums.tolist()  # CPU-GPU sync point
+    if not math.isfinite(loss_sum):
         hint = "start again with a lower --lr (in fp16, try --precision bf16)"
-        raise UserError(f"the loss is {loss}: {hint}")
-    return [loss, hits, images]
+        raise UserError(f"the loss is {loss_sum}: {hint}")
+    return [loss_sum, hits, count]
 
 
 # -- 2. A run, and what is saved of it ---------------------------------------------
@@ -205,14 +208,17 @@ class Run:
             "train_accuracy": round(100 * train_hits / train_images, 3),
             "val_loss": round(val_loss / val_images, 6),
             "val_accuracy": round(100 * val_hits / val_images, 3),
-            "lr": float(f"{self.scheduler.get_last_lr()[0]:.6g}"),
+            "lr": float(f"{self.scheduler.get_last_lr()[0]:.6g}"),  # 6 significant digits
             "seconds": round(seconds, 2),
         }
         self.history.append(row)
         self.scheduler.step()  # once per epoch, not per batch
 
     def epoch_line(self) -> str:
-        """What is printed after each epoch; a star marks the best so far."""
+        """What is printed after each epoch; a star marks the best so far.
+
+        Accuracies have four significant digits (:#.4g).
+        """
         row = self.history[-1]
         star = " *" if self.best is row else ""
         return (
@@ -239,9 +245,9 @@ class Run:
     def save(self) -> None:
         """Write the run as it is after an epoch, or before the first one.
 
-        best.pt comes before last.pt: after a stop between the two, the epoch is
-        repeated with the same result. In the other order, the history in last.pt could name
-        a best epoch that best.pt does not hold.
+        best.pt comes before last.pt: after a stop between the two, the epoch is repeated,
+        on the CPU with the same result. In the other order, the history in last.pt could
+        name a best epoch that best.pt does not hold.
         """
         self.lock.check()  # or we would write into somebody else's run
         # Only tensors and plain Python types: load_checkpoint accepts nothing else.
@@ -255,9 +261,9 @@ class Run:
         if self.history and self.best is self.history[-1]:
             write_file(self.folder / "best.pt", content)
         write_file(self.folder / "last.pt", content)
-        # A new run has no best epoch yet. Now that last.pt is its own, remove what is left
-        # of the run that it replaces.
         if not self.history:
+            # A new run has no best epoch yet, and last.pt is now its own. Remove what is
+            # left of the run that it replaces.
             for name in ("best.pt", "report.json"):
                 (self.folder / name).unlink(missing_ok=True)
         self.save_for_people()
@@ -334,24 +340,25 @@ def build_parser(description: str) -> "Parser":
     return parser
 
 
-def read_command(given: dict, fixed: dict) -> tuple[dict, Path]:
+def read_command(given: dict, script: dict) -> tuple[dict, Path]:
     """The flags that were given -> the settings of the run, and its folder.
 
-    `fixed` holds the settings that the script itself decides.
+    `script` holds the settings that the script itself decides: its name and its number
+    of processes.
     """
     if "resume" in given:
-        return resumed_settings(given, fixed), Path(given["resume"])
-    config = new_settings(given, fixed)
+        return resumed_settings(given, script), Path(given["resume"])
+    config = new_settings(given, script)
     return config, run_folder(given, config)
 
 
-def new_settings(given: dict, fixed: dict) -> dict:
+def new_settings(given: dict, script: dict) -> dict:
     """The settings of a new run: the defaults, except for what was given.
 
-    "auto" and None are replaced by the dataset and the device that are used, so a
+    For a dataset "auto" and a device None, the ones that are used are recorded, so a
     resumed run uses the same ones. MNIST may be downloaded here.
     """
-    config = DEFAULTS | only_settings(given) | fixed
+    config = DEFAULTS | only_settings(given) | script
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
     if config["dry_run"]:
@@ -368,7 +375,7 @@ def new_settings(given: dict, fixed: dict) -> dict:
     return config
 
 
-def resumed_settings(given: dict, fixed: dict) -> dict:
+def resumed_settings(given: dict, script: dict) -> dict:
     """The settings that a run began with, except for the few that may change.
 
     UserError if the run belongs to the other script or to another number of processes,
@@ -380,12 +387,11 @@ def resumed_settings(given: dict, fixed: dict) -> dict:
     if not (folder / "last.pt").exists():
         raise UserError(f"there is no run in {folder} (no last.pt)")
     recorded = load_checkpoint(folder / "last.pt")["config"]
-    began_with = {name: recorded.get(name) for name in fixed}
-    if began_with != fixed:
-        script = f"train_{recorded.get('script')}.py"
+    if any(recorded.get(name) != value for name, value in script.items()):
         count = recorded.get("world_size")
         processes = "1 process" if count == 1 else f"{count} processes"
-        raise UserError(f"{folder} must be resumed by {script} with {processes}")
+        hint = f"train_{recorded.get('script')}.py with {processes}"
+        raise UserError(f"{folder} must be resumed by {hint}")
     if recorded.get("model") not in MODELS:
         raise UserError(f"{folder} belongs to another network, {recorded.get('model')}")
     config = DEFAULTS | recorded | only_settings(given)
@@ -423,20 +429,20 @@ def run_folder(given: dict, config: dict) -> Path:
 # -- 4. Main -----------------------------------------------------------------------
 
 
-def make_datasets(config: dict, device: torch.device) -> tuple[DigitBatches, DigitBatches]:
+def make_datasets(config: dict, device: torch.device) -> tuple[DigitDataset, DigitDataset]:
     """Training and validation images, on the device.
 
     Validation images are neither rotated nor shifted.
     """
     network = MODELS[config["model"]]
     images, labels = load(config["dataset"], config["data_dir"], "train")
-    size = config["train_size"]  # None: all of them
-    train_set = DigitBatches(
-        images[:size], labels[:size], network, device, config["rotate"], config["shift"]
+    n = config["train_size"]  # None: all of them
+    train_set = DigitDataset(
+        images[:n], labels[:n], network, device, config["rotate"], config["shift"]
     )
     images, labels = load(config["dataset"], config["data_dir"], "validation")
-    size = 200 if config["dry_run"] else None
-    return train_set, DigitBatches(images[:size], labels[:size], network, device)
+    n = 200 if config["dry_run"] else None
+    return train_set, DigitDataset(images[:n], labels[:n], network, device)
 
 
 def open_folder(run: Run, given: dict) -> None:
@@ -449,14 +455,14 @@ def open_folder(run: Run, given: dict) -> None:
     if "resume" in given:
         run.load()
         return
-    dry_run_again = run.config["dry_run"] and run.folder == DRY_RUN
-    may_replace = "overwrite" in given or dry_run_again
+    usual_dry_run = run.config["dry_run"] and run.folder == DRY_RUN
+    may_replace = "overwrite" in given or usual_dry_run
     if not may_replace and any((run.folder / name).exists() for name in RUN_FILES):
         hint = "--resume continues it, --overwrite replaces it, or give another --run-dir"
         raise UserError(f"{run.folder} holds a run: {hint}")
 
 
-def begin(run: Run, train_set: DigitBatches) -> None:
+def begin(run: Run, train_set: DigitDataset) -> None:
     """Record the hardware in the settings, save the run, and say what is trained."""
     config = run.config
     threads = torch.get_num_threads()
@@ -467,7 +473,10 @@ def begin(run: Run, train_set: DigitBatches) -> None:
     run.save()
     network = type(run.model).__name__
     note = NOTE[config["dataset"]]
-    print(f"{network} in {config['precision']} on {config['hardware']}{note}")
+    where = f"on {config['hardware']}"
+    if config["world_size"] > 1:
+        where = f"in {config['world_size']} processes, each {where}"
+    print(f"{network} in {config['precision']} {where}{note}")
     print(
         f"{len(train_set):,} images of {config['dataset']}, "
         f"{config['effective_batch']} per step, learning rate {config['lr']:g}"
@@ -475,9 +484,9 @@ def begin(run: Run, train_set: DigitBatches) -> None:
     print(f"run folder: {run.folder}, epochs done: {len(run.history)}", flush=True)
 
 
-def print_stopped(run: Run, script: str) -> None:
+def print_stopped(run: Run, program: str) -> None:
     """Ctrl-C: a run can be stopped at any moment; say how to continue."""
-    command = f"{script} --resume {shell_path(run.folder)}"
+    command = f"{program} --resume {shell_path(run.folder)}"
     print(f"\nstopped; to continue: {command}", file=sys.stderr)
 
 
@@ -552,9 +561,8 @@ class FolderLock:
         """UserError if our folder was moved or removed.
 
         Another training run may have made a new folder of the same name, and we must not
-        write into that. (samestat compares inode numbers, by which the file system knows
-        its files. A file keeps its number when the folder is moved, and no other file
-        gets it meanwhile.)
+        write into that. (While our .lock is open, no other file has its inode number. So
+        a different number means a different folder.)
         """
         found = self.file.stat() if self.file.exists() else None
         if found is None or not os.path.samestat(found, self.file_identity):
@@ -593,9 +601,8 @@ def load_checkpoint(file: Path) -> dict:
 
 def load_saved(file: Path) -> dict:
     """A dictionary that torch.save wrote to a file. UserError if it cannot be read."""
-    import zipfile
-
     content = io.BytesIO(file.read_bytes())
+    whole = False
     try:
         # torch.load ignores the checksums of the zip file.
         whole = zipfile.ZipFile(content).testzip() is None
@@ -626,7 +633,8 @@ def find_device(name: str | None) -> torch.device:
 
 def check_compiler(device: torch.device) -> None:
     """UserError if torch.compile cannot work: on the CPU it generates C++."""
-    compiler = os.environ.get("CXX", "g++")  # as in torch._inductor.config
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", usual)  # as in torch._inductor.config
     if device.type == "cpu" and shutil.which(compiler) is None:
         hint = "install one, or do not compile (--no-compile with --resume)"
         raise UserError(f"torch.compile needs a C++ compiler, {compiler}: {hint}")
@@ -639,10 +647,12 @@ def number_between(kind: type, low: float, high: float):
     """
 
     def parse(text: str) -> float:
-        with suppress(ValueError):
+        try:
             number = kind(text)
-            if low <= number <= high:  # False for nan
-                return number
+        except ValueError:
+            number = math.nan
+        if low <= number <= high:  # False for nan
+            return number
         name = "an integer" if kind is int else "a number"
         message = f"{text!r} is not {name} between {low:,} and {high:,}"
         raise argparse.ArgumentTypeError(message)
@@ -691,10 +701,9 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel in every step.
 
     Otherwise feature maps of 25 MB would be returned and mapped again, page by page, in
-    each step. On other systems this has no effect.
+    each step: the capsule layer would take almost twice as long (results/README.md, Speed).
+    On other systems this has no effect.
     """
-    import ctypes
-
     with suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
@@ -717,9 +726,10 @@ def open_streams() -> None:
 
 
 def flush_streams() -> None:
-    """Write what is still buffered. If that fails, Python must not try again at exit.
+    """Write what is still buffered: os._exit would not.
 
-    (It would print two more lines and change the exit code.)
+    If that fails, Python must not try again at exit. (It would print two more lines and
+    change the exit code.)
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -728,14 +738,12 @@ def flush_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
+def run_main(main, last_to_speak: bool = False, leave=sys.exit) -> None:
     """Call main, then leave(code). A user's mistake prints one line and gives code 2.
 
     A traceback means a bug, or that another rank died. If several processes find the
-    same mistake, only one should print it: a `quiet` process waits 30 s before it does.
+    same mistake, only one should print it: those that are `last_to_speak` wait for 30 s.
     """
-    import signal
-
     open_streams()
     keep_freed_memory()
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -743,7 +751,7 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
     mistake = None
     try:
         main()
-        sys.stdout.flush()  # now, so that an error is reported; os._exit does not flush
+        sys.stdout.flush()  # here, so that an error is reported like any other
     except (UserError, OSError) as error:  # OSError: a file cannot be read or written
         mistake = str(error)
     except torch.OutOfMemoryError as error:
@@ -752,7 +760,7 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
         code = 130
     if mistake is not None:
         code = 2
-        if quiet:
+        if last_to_speak:
             # Usually torchrun kills this process meanwhile, because another one failed. If
             # it is still alive afterwards, no other process has found the mistake.
             time.sleep(30)
@@ -765,4 +773,4 @@ def run_main(main, quiet: bool = False, leave=sys.exit) -> None:
 
 if __name__ == "__main__":
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    run_main(main, quiet=under_torchrun and os.environ["LOCAL_RANK"] != "0")
+    run_main(main, last_to_speak=under_torchrun and os.environ["LOCAL_RANK"] != "0")

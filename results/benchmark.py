@@ -38,7 +38,7 @@ from torchvision import transforms
 
 import train_single
 from capsules import DigitCapsules, squash
-from data import DigitBatches, UserError
+from data import DigitDataset, UserError
 from train_ddp import PRECISIONS
 from train_single import MODELS, Run
 
@@ -266,7 +266,7 @@ def data_rows(device: torch.device, quick: bool) -> list[dict]:
     rounds = 1 if quick else 15
     rows = []
     for name, model in MODELS.items():
-        dataset = DigitBatches(images, labels, model, device, rotate=10)
+        dataset = DigitDataset(images, labels, model, device, rotate=10)
         dataset.set_epoch(seed=0, epoch=1)
         contestants = {
             "PIL, ms": partial(with_pil, images, model),

@@ -49,8 +49,8 @@ TEST_IMAGES = 10_000
 NETWORKS = ("alexcaps", "rescaps")
 SCRIPTS = ("single", "ddp")  # train_single.py and train_ddp.py
 DEVICES = ("", "-cuda")
-# Networks are compared only if they agree in these settings.
-TRAINED_ALIKE = ("train_images", "world_size", "batch_size", "precision")
+# Accuracies of two networks are compared only if they agree in these settings.
+TRAINED_ALIKE = (*evaluate.USUAL, "train_images", "world_size", "precision")
 
 # -- 1. A figure and its interval ----------------------------------------------------
 
@@ -115,8 +115,8 @@ def over_images(first: float, second: float, n: int) -> tuple[float, float, floa
 
     Both are accuracies in percent on n images, of one run each. The interval says how
     other images would move the difference (R. Newcombe 1998, method 10). The method
-    assumes two samples of images. Here both networks see the same images and tend to
-    fail on the same ones, so the true interval is a little narrower.
+    assumes two independent samples of images. Here both networks see the same images and
+    tend to fail on the same ones, so this interval is a little too wide.
     """
     low_1, high_1 = evaluate.wilson(first * n / 100, n)
     low_2, high_2 = evaluate.wilson(second * n / 100, n)
@@ -156,12 +156,11 @@ def ratio(label: str, first: list[float], second: list[float]) -> Estimate:
 
 def judge(estimate: Estimate, at_least: float, at_most: float) -> str:
     """What one estimate says about a claim: "agree", "disagree" or "undecided"."""
-    for bound in (at_least, at_most):
-        if estimate.low <= bound <= estimate.high:
-            return "undecided"
-    if at_least < estimate.value < at_most:
+    if at_least < estimate.low and estimate.high < at_most:
         return "agree"
-    return "disagree"
+    if estimate.high < at_least or at_most < estimate.low:
+        return "disagree"
+    return "undecided"
 
 
 class Claim(NamedTuple):
@@ -303,40 +302,40 @@ def same_settings(settings: tuple[str, ...], a: dict | None, b: dict | None) -> 
 
 
 def network_pairs(rows: dict[str, dict], settings: tuple[str, ...]) -> list[tuple]:
-    """(setup, AlexCapsNet's row, ResCapsNet's row) for each setup of both networks.
+    """(way, AlexCapsNet's row, ResCapsNet's row) for each way to train both networks.
 
-    A setup is a script on a device: "single", "single-cuda", "ddp", "ddp-cuda". Runs
-    on a CPU are compared only with runs on a CPU. A setup is left out if the networks
-    differ in one of these settings.
+    A way is a script on a device: "single", "single-cuda", "ddp", "ddp-cuda". Runs on a
+    CPU are compared only with runs on a CPU. A way is left out if the networks differ in
+    one of these settings.
     """
     pairs = []
     for script in SCRIPTS:
         for device in DEVICES:
-            setup = script + device
-            alex = rows.get(f"alexcaps-{setup}")
-            res = rows.get(f"rescaps-{setup}")
+            way = script + device
+            alex = rows.get(f"alexcaps-{way}")
+            res = rows.get(f"rescaps-{way}")
             if same_settings(settings, alex, res):
-                pairs.append((setup, alex, res))
+                pairs.append((way, alex, res))
     return pairs
 
 
 def gaps_after_epoch_1(rows: dict[str, dict]) -> list[Estimate]:
     """Validation accuracy after one epoch, AlexCapsNet's minus ResCapsNet's."""
     gaps = []
-    for setup, alex, res in network_pairs(rows, TRAINED_ALIKE):
+    for way, alex, res in network_pairs(rows, TRAINED_ALIKE):
         first = [run["history"][0]["val_accuracy"] for run in alex["runs"]]
         second = [run["history"][0]["val_accuracy"] for run in res["runs"]]
-        gaps.append(accuracy_difference(setup, first, second, VALIDATION_IMAGES))
+        gaps.append(accuracy_difference(way, first, second, VALIDATION_IMAGES))
     return gaps
 
 
 def gaps_at_the_end(rows: dict[str, dict]) -> list[Estimate]:
-    """Test accuracy after equally many epochs, ResCapsNet's minus AlexCapsNet's."""
+    """Test accuracy of the best of equally many epochs, ResCapsNet's minus AlexCapsNet's."""
     gaps = []
-    for setup, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
+    for way, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
         first = res["values"]["accuracy"]
         second = alex["values"]["accuracy"]
-        gaps.append(accuracy_difference(setup, first, second, TEST_IMAGES))
+        gaps.append(accuracy_difference(way, first, second, TEST_IMAGES))
     return gaps
 
 
@@ -351,7 +350,8 @@ def find_speeds(scaling: list[dict], network: str, precision: str) -> dict | Non
 def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
     """Time per image, the first network's over the second's.
 
-    It is measured in float32 with one process, and in bfloat16 with two under DDP.
+    It is measured in float32 with one process ("one" in benchmark.py's rows), and in
+    bfloat16 with two processes under DDP ("ddp").
     """
     ways = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
     ratios = []
@@ -393,7 +393,7 @@ def gaps_under_ddp(rows: dict[str, dict]) -> list[Estimate]:
         for device in DEVICES:
             one = rows.get(f"{network}-single{device}")
             two = rows.get(f"{network}-ddp{device}")
-            if same_settings(("train_images", "epochs"), one, two):
+            if same_settings((*evaluate.USUAL, "train_images", "epochs"), one, two):
                 label = network.removesuffix("caps") + device
                 first = two["values"]["accuracy"]
                 second = one["values"]["accuracy"]
@@ -407,7 +407,7 @@ def cost_ratios(rows: dict[str, dict], scaling: list[dict]) -> list[Estimate]:
     ratios = []
     pairs = network_pairs(rows, settings=())
     if pairs:
-        _, alex, res = pairs[0]  # the networks are the same in every setup
+        _, alex, res = pairs[0]  # any will do: FLOPs depend only on the network
         flops = res["flops_per_image"] / alex["flops_per_image"]
         ratios.append(exact("FLOPs", flops))
     for estimate in time_ratios(scaling, "rescaps", "alexcaps"):

@@ -91,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    train_single.run_main(main, quiet=train_ddp.LOCAL_RANK > 0, leave=train_ddp.leave)
+    train_single.run_main(main, last_to_speak=train_ddp.LOCAL_RANK > 0, leave=train_ddp.leave)
