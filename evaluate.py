@@ -248,11 +248,11 @@ def report_text(run: dict, labels: np.ndarray, predicted: np.ndarray) -> str:
 
 # -- 2. Several runs ---------------------------------------------------------------
 
-# A description says these in words of its own: see settings_in_words.
+# settings_in_words and epochs_in_words have words of their own for these.
 IN_WORDS = ("model", "dataset", "script", "precision", "world_size", "epochs", "device")
-# These are not described. The number of training images says what train_size does.
+# A description leaves these out. (Instead of train_size, it says how many images there are.)
 LEFT_OUT = ("data_dir", "train_size", "seed", "dry_run")
-# Every other setting is described only if it differs from this, its default.
+# A description names every other setting only if it differs from its default, given here.
 USUAL = {
     name: value
     for name, value in train_single.DEFAULTS.items()
@@ -550,11 +550,13 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
         curves.append(curve)
     mean = np.mean(curves, axis=0)
     axis.plot(100 * rates, mean, "k--", label=f"mean: AUC {auc.mean():.5f}")
-    # Near-perfect curves lie at the top, and only that part is shown. At a false positive
-    # rate of 0.2 %, the worst curve is at about half the height of the axis.
+    # Near-perfect curves lie at the top, and only that part is shown. The axis reaches twice
+    # as far below 100 % as the worst curve does at a false positive rate of 0.2 %, and half
+    # a point further, so that it is never empty.
     at_02_percent = np.searchsorted(rates, 0.002) - 1
     worst = min(curve[at_02_percent] for curve in curves)
-    bottom = max(0, 2 * worst - 100.5)
+    depth = 2 * (100 - worst) + 0.5
+    bottom = max(0, 100 - depth)
     axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(bottom, 100.1))
     axis.set_xlabel("false positive rate (other digits mistaken for this one), in %")
     axis.set_ylabel("true positive rate (found), in %")
@@ -682,9 +684,9 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     rows = network.map_side
     maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
-    # Draw each place as a square around the middle of what it sees. The kernel of place k
-    # begins at pixel 8k of the input and is 9 pixels wide, so its middle is at 8k + 4.5. The
-    # square around it has a side of 8, from 8k + 0.5 to 8k + 8.5.
+    # Draw each place as a square around the middle of what it sees. Place k of a side sees
+    # 17 pixels of the 78x78 input, from 8k - 4 to 8k + 13. Their middle is at 8k + 4.5. The
+    # square around it has a side of 8 pixels, from 8k + 0.5 to 8k + 8.5.
     edges = network.place_stride * np.arange(rows + 1) + 0.5
     edges = edges * 28 / network.side  # in pixels of the 28x28 image
     edges -= 0.5  # in a picture, the first pixel begins at -0.5
@@ -735,10 +737,11 @@ def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tuple:
-    """Ten digits and the worst mistakes, redrawn from one capsule each.
+    """Ten digits and the four worst mistakes, each redrawn from two capsules.
 
-    If the network is wrong, the true digit's capsule is not the longest one. If the true
-    digit's capsule has almost no length, its drawing is a blur of all digits.
+    One is the true digit's, the other is the longest. They differ only if the network is
+    wrong. If the true digit's capsule has almost no length, its drawing is a blur of all
+    digits.
     """
     ten = first_of_each_class(labels, 1)
     mistakes = torch.from_numpy(worst_mistakes(lengths, labels.numpy()))
@@ -819,8 +822,10 @@ def save_comparison(rows: list[dict], file: Path) -> None:
 
     Only finished runs are drawn.
     """
+    # All runs of a row have equally many epochs: their description says how many.
     rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]
     if not rows:
+        file.unlink(missing_ok=True)  # an old picture would show other runs
         return
     common, names = short_names(rows)
     figure, axes = plt.subplots(1, 2, figsize=(13, 6 + 0.3 * len(rows)), sharey=True)
@@ -908,19 +913,21 @@ def paper_lightness(brightness: np.ndarray) -> float:
 def with_margin(brightness: np.ndarray) -> np.ndarray:
     """If the edge is light, halve the picture [h, w] and add paper around it."""
     edges = [brightness[0], brightness[-1], brightness[:, 0], brightness[:, -1]]
-    paper = np.median(np.concatenate(edges))
-    if paper < 0.5:  # a desk, perhaps
+    edge = np.median(np.concatenate(edges))
+    if edge < 0.5:  # this may be a desk, not paper
         return brightness
-    return np.pad(brightness[::2, ::2], SIDE // 4, constant_values=paper)
+    half = brightness[::2, ::2]  # so that the picture is as large as before, with its margin
+    return np.pad(half, SIDE // 4, constant_values=edge)
 
 
 def find_ink(brightness: np.ndarray) -> np.ndarray:
     """Brightness [h, w] -> ink, 0 to 1: how much darker than the paper a pixel is."""
     # A closing removes what is dark and narrow: strokes. Wide shadows and desks remain.
     paper = ndimage.grey_closing(brightness, SIDE // 4)
-    # The closing's window is a square, so in the rounded corners of a shadow this is too
-    # light. In each step a pixel takes the darkest value within 2 pixels, but it does not
-    # become darker than the picture itself.
+    # The closing's window is a square, which does not fit into the rounded corner of a
+    # shadow: there the paper is too light. Let the shadow spread into the corner, 2 pixels
+    # in each step. The paper never becomes darker than the picture, and under a stroke it
+    # stays light, because the paper around the stroke is light.
     for _ in range(12):
         paper = np.maximum(ndimage.minimum_filter(paper, 5), brightness)
     # Divide by at least 0.4, so that the grain of a black desk does not count as ink.
@@ -931,7 +938,8 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
     """Ink [h, w] -> the ink of thin straight lines from the left edge to the right."""
     height, width = ink.shape
     columns = np.arange(0, width, 4)  # a quarter of the columns is enough
-    dark = ndimage.maximum_filter(ink, (3, 1))[:, ::4]  # no line is quite straight
+    # No line is quite straight, so widen everything by a pixel upwards and downwards.
+    dark = ndimage.maximum_filter(ink, (3, 1))[:, columns]
     thin = ndimage.white_tophat(dark, (SIDE // 30, 1))  # what is less than 16 pixels high
     rules = np.zeros_like(dark)
     for slope in np.linspace(-0.1, 0.1, 21):
@@ -941,11 +949,12 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
         rows = (np.arange(height)[:, None] + rise) % height
         dark_along = np.take_along_axis(dark, rows, axis=0)
         thin_along = np.take_along_axis(thin, rows, axis=0)
-        # A rule has few gaps: 80 % of it has at least this much ink.
-        without_gaps = np.quantile(dark_along, 0.2, axis=1, keepdims=True)
-        # It is thin, not the edge of something wide: so is at least a third of it.
-        thinness = np.quantile(thin_along, 2 / 3, axis=1, keepdims=True)
-        rule = np.minimum(without_gaps, thinness)  # [height, 1]
+        # A rule has few gaps: 80 % of the line have at least this much ink.
+        ink_on_most = np.quantile(dark_along, 0.2, axis=1, keepdims=True)
+        # A rule is thin, unlike the edge of a desk: a third of the line has at least this
+        # much thin ink. (Elsewhere strokes may cross it.)
+        ink_on_a_third = np.quantile(thin_along, 2 / 3, axis=1, keepdims=True)
+        rule = np.minimum(ink_on_most, ink_on_a_third)  # [height, 1]
         known = np.take_along_axis(rules, rows, axis=0)
         np.put_along_axis(rules, rows, np.maximum(known, rule), axis=0)
     return rules.repeat(4, axis=1)[:, :width]

@@ -3,8 +3,8 @@
 The student report is the text that this repository reproduces (README.md, Sources).
 
 Train a network twice, with two seeds, and you get two test accuracies. So a difference
-of 0.1 points between two networks may be chance. That is why each figure here has a
-95 % confidence interval. Imagine repeating the measurement 100 times, with an interval
+of 0.1 points between two networks may be chance. That is why each figure that varies
+has a 95 % confidence interval here. Imagine repeating the measurement 100 times, with an interval
 from the new values each time: about 95 of these intervals would contain the true value.
 There are three kinds of interval, because three things can be repeated:
 
@@ -330,7 +330,10 @@ def gaps_after_epoch_1(rows: dict[str, dict]) -> list[Estimate]:
 
 
 def gaps_at_the_end(rows: dict[str, dict]) -> list[Estimate]:
-    """Test accuracy of the best of equally many epochs, ResCapsNet's minus AlexCapsNet's."""
+    """ResCapsNet's test accuracy minus AlexCapsNet's, after equally many epochs.
+
+    (Each was tested with the weights of its best epoch.)
+    """
     gaps = []
     for way, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
         first = res["values"]["accuracy"]
@@ -384,8 +387,8 @@ def ddp_efficiency(scaling: list[dict], network: str) -> list[Estimate]:
 def gaps_under_ddp(rows: dict[str, dict]) -> list[Estimate]:
     """Test accuracy of train_ddp.py's two processes minus train_single.py's one.
 
-    They also differ in batch size and precision. The claim is about both networks:
-    unless both were measured, the list is empty.
+    They also differ in precision, and two processes have twice as many images in a step.
+    The claim is about both networks: unless both were measured, the list is empty.
     """
     gaps = []
     measured = set()
