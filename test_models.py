@@ -2036,7 +2036,7 @@ def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
     assert_one_line(evaluated(run, reported[0]), "no report of its best epoch", hint)
 
 
-def test_pictures_compare_whole_runs(monkeypatch):
+def test_pictures_compare_whole_runs(tmp_path, monkeypatch):
     """Accuracy is drawn over epochs and over time, at the fastest epoch's speed."""
     runs = []
     for accuracies in ((90, 98), (94, 94)):
@@ -2047,15 +2047,18 @@ def test_pictures_compare_whole_runs(monkeypatch):
     stopped = whole | {"epochs": 9}
     save = mock.Mock()
     monkeypatch.setattr(evaluate, "save", save)
-    evaluate.save_comparison([whole, stopped], Path("x.png"))
+    picture = tmp_path / "comparison.png"
+    evaluate.save_comparison([whole, stopped], picture)
     left, right = save.call_args.args[0].axes
     evaluate.plt.close("all")
     assert len(left.lines) == 1
     assert left.get_yscale() == "logit"
     assert left.lines[0].get_ydata() == pytest.approx([0.92, 0.96])
     assert right.lines[0].get_xdata() == pytest.approx([0.5, 1.0])  # minutes
-    evaluate.save_comparison([stopped], Path("x.png"))
+    picture.write_bytes(b"of other runs")
+    evaluate.save_comparison([stopped], picture)
     assert save.call_count == 1  # nothing is whole, so nothing is drawn
+    assert not picture.exists()
 
 
 class Drawer(torch.nn.Module):
