@@ -1,9 +1,11 @@
-"""How fast this machine trains both networks, in four parts:
+"""Measure how fast this machine trains both networks.
 
     python -m results.benchmark                  all parts: ten minutes or more
     python -m results.benchmark --only scaling   one part; the file keeps its other parts
     python -m results.benchmark --quick          a one-minute trial with tiny sizes;
                                                  nothing is written without --out
+
+There are four parts:
 
     capsules   the digit capsules alone, compared with the two formulations most often
                seen in public code
@@ -14,8 +16,8 @@
 
 It writes results/speed-cpu.json or speed-cuda.json; results.tables shows them. The
 machine must have nothing else to do. Contestants take turns, round after round, so a
-machine that slows down slows all of them alike. Figures are medians over the rounds.
-The images are noise, because no speed here depends on what they show.
+machine that slows down slows all of them alike. Figures are medians over the rounds;
+scaling keeps every round. The images are noise, because no speed here depends on what they show.
 """
 
 import argparse
@@ -57,19 +59,19 @@ def race(contestants: dict, rounds: int, device: torch.device) -> dict:
     """
     taken = {name: [] for name in contestants}
     for turn in range(-1, rounds):  # the first warms up: compilation, first allocations
-        for name, run in contestants.items():
+        for name, work in contestants.items():
             for attempt in range(3):
-                ms = milliseconds(run, device)
+                ms = milliseconds(work, device)
                 if turn >= 0 and attempt > 0:
                     taken[name].append(ms)
     return {name: median(times) for name, times in taken.items()}
 
 
-def milliseconds(run, device: torch.device) -> float:
-    """How long run() takes."""
+def milliseconds(work, device: torch.device) -> float:
+    """How long work() takes."""
     wait_for(device)
     start = time.perf_counter()
-    run()
+    work()
     wait_for(device)
     return 1e3 * (time.perf_counter() - start)
 
@@ -116,24 +118,24 @@ def formulations(batch_size: int, device, compiled: bool, n: int = N) -> dict:
     layer = DigitCapsules(n, I, J, D).to(device)
     u = 0.2 * torch.randn(batch_size, n, I, device=device)  # |u| is about 0.6
     u.requires_grad_()
-    slope = torch.randn(batch_size, J, D, device=device)  # gradient of the capsules
+    dv = torch.randn(batch_size, J, D, device=device)  # a gradient for the capsules v
     w = layer.weight.detach().view(n, I, J, D)
     tiled_w = w.permute(0, 2, 3, 1).contiguous().requires_grad_()  # [N, J, D, I]
     einsum_w = w.permute(0, 2, 1, 3).contiguous().requires_grad_()  # [N, J, I, D]
 
     def run_tiled():
         v = tiled(u, tiled_w)
-        du, dw = torch.autograd.grad(v, (u, tiled_w), slope)
+        du, dw = torch.autograd.grad(v, (u, tiled_w), dv)
         return v, du, dw.permute(0, 3, 1, 2).flatten(2)  # [N, J, D, I] -> [N, I, J*D]
 
     def run_einsum():
         v = einsum(u, einsum_w)
-        du, dw = torch.autograd.grad(v, (u, einsum_w), slope)
+        du, dw = torch.autograd.grad(v, (u, einsum_w), dv)
         return v, du, dw.permute(0, 2, 1, 3).flatten(2)  # [N, J, I, D] -> [N, I, J*D]
 
     def run_layer(forward):
         v = forward(u)
-        du, dw = torch.autograd.grad(v, (u, layer.weight), slope)
+        du, dw = torch.autograd.grad(v, (u, layer.weight), dv)
         return v, du, dw
 
     found = {
@@ -154,25 +156,25 @@ def check_same(found: dict) -> None:
     than is allowed here.
     """
     torch.set_float32_matmul_precision("highest")
-    for run in found.values():
-        for ours, theirs in zip(found["ours"](), run(), strict=True):
+    for work in found.values():
+        for ours, theirs in zip(found["ours"](), work(), strict=True):
             scale = ours.abs().max().item()
             torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
 
 
 def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
-    """A row for each formulation; on the CPU with freed memory given back, then kept.
+    """A row for each formulation. On the CPU each is measured twice.
 
-    A new process gives freed memory back to the kernel. Training keeps it
-    (train_single.keep_freed_memory). That cannot be undone, so this part of the
-    benchmark comes first.
+    First freed memory is given back to the operating system, as in any new process. Then
+    it is kept, as in training (train_single.keep_freed_memory). That cannot be undone, so
+    this part of the benchmark comes first.
     """
     batch_size = 2 if quick else 32
     rounds = 1 if quick else 12
+    # A GPU's memory is PyTorch's own.
+    ways = ("given back", "kept") if device.type == "cpu" else ("kept",)
     rows = []
-    for freed in ("given back", "kept"):
-        if freed == "given back" and device.type != "cpu":
-            continue  # a GPU's memory is PyTorch's own
+    for freed in ways:
         if freed == "kept":
             train_single.keep_freed_memory()
         found = formulations(batch_size, device, compiled=not quick)
@@ -365,7 +367,7 @@ PARTS = {
 
 
 def hardware(device: torch.device) -> str:
-    """What was measured: the processor's name and its cores, or the GPU's name."""
+    """On what it was measured: the processor's name and its cores, or the GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # only Linux has it
@@ -389,30 +391,37 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
-        if not flags.quick:
+        if not flags.quick and flags.only not in ("data", "scaling"):
             train_single.check_compiler(device)
     except UserError as error:
         parser.error(str(error))
     folder = flags.out or Path(__file__).parent
     file = folder / f"speed-{device.type}.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
+    is_written = flags.out or not flags.quick  # toy figures must not replace measured ones
+    result = json.loads(file.read_text()) if is_written and file.exists() else {}
+    parts = [flags.only] if flags.only else PARTS
     torch.manual_seed(0)
-    for part in [flags.only] if flags.only else PARTS:
+    for part in parts:
         print(f"measuring: {part} ...", flush=True)
+        if part != "capsules":
+            train_single.keep_freed_memory()  # as in training
+        rows = PARTS[part](device, flags.quick)
+        if not rows:
+            continue  # this machine cannot measure it
         result[part] = {
             "hardware": hardware(device),
             "torch": torch.__version__,
-            "rows": PARTS[part](device, flags.quick),
+            "rows": rows,
         }
-        if flags.out or not flags.quick:  # toy figures must not replace measured ones
+        if is_written:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1) + "\n"
             train_single.write_file(file, text.encode())
-    # Imported here, because the two processes of scaling need no plots
+    # Not at the top: it imports matplotlib, and scaling's processes import this file, too.
     from results.tables import speed_text
 
     print(speed_text(result))
 
 
 if __name__ == "__main__":
-    main()
+    main()  # not run_main: it would keep freed memory from the start

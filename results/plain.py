@@ -2,10 +2,11 @@
 
     python -m results.plain train_single.py --model plain-alexcaps
     python -m results.plain train_ddp.py --model plain-rescaps --seed 1
+    python -m results.plain train_single.py --resume runs/plain-alexcaps-single
     python -m results.plain evaluate.py runs/plain-alexcaps-single
 
-The first two commands train with the scripts' own loop, data, seeds and flags. The
-third writes report.json. Squash, votes, routing and margin loss are left out. A linear
+The first three commands train with the scripts' own loop, data, seeds and flags. The
+last one writes report.json. Squash, votes, routing and margin loss are left out. A linear
 layer and cross-entropy take their place.
 """
 
@@ -25,7 +26,7 @@ from rescaps import ResCapsNet
 
 
 class WithoutCapsules(nn.Module):
-    """A base class, listed before a capsule network, that removes its capsules.
+    """Removes the capsules of the network that a class lists after it as its base.
 
     The convolutions, including that of the primary capsules, are the network's own and
     start with its own weights. ReLU replaces squash, and a linear layer replaces the
@@ -36,6 +37,7 @@ class WithoutCapsules(nn.Module):
         if reconstruction > 0:
             reason = "a plain network has no capsule to draw from"
             raise UserError(f"--reconstruction: {reason}; leave it out")
+        # In PlainAlexNet, the next class is AlexCapsNet: this builds it with its capsules.
         super().__init__(routing_iterations)
         N, I, _ = self.digits.weight.shape  # one matrix for each primary capsule
         self.digits = nn.Linear(N * I, 10)
@@ -74,6 +76,8 @@ def write_report() -> None:
     if len(sys.argv) != 2:
         raise UserError("give the folder of one run")
     run = evaluate.read_run(Path(sys.argv[1]))
+    if run["config"]["model"] not in NETWORKS:
+        raise UserError(f"{run['folder']} has capsules: run python evaluate.py on it")
     images, labels = load(run["config"]["dataset"], run["config"]["data_dir"], "test")
     model = evaluate.load_network(run, train_single.find_device(None))
     report, _ = evaluate.measure(run, model, images, labels)
@@ -82,12 +86,16 @@ def write_report() -> None:
 
 
 def main() -> None:
-    scripts = {"train_single.py": train_single.main, "train_ddp.py": train_ddp.main}
-    scripts["evaluate.py"] = write_report
+    scripts = {
+        "train_single.py": train_single.main,
+        "train_ddp.py": train_ddp.main,
+        "evaluate.py": write_report,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in scripts:
         raise UserError(f"the script is missing: begin with one of {', '.join(scripts)}")
     train_single.MODELS.update(NETWORKS)
-    scripts[sys.argv.pop(1)]()
+    script = sys.argv.pop(1)  # it reads its flags from what remains
+    scripts[script]()
 
 
 if __name__ == "__main__":

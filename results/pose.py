@@ -2,7 +2,7 @@
 
     bash results/pose.sh                      train nine networks, then probe them
     python -m results.pose runs/pose/*        probe runs that have their weights
-    python -m results.pose RUN --digit 4      draw another digit in knobs.png
+    python -m results.pose RUN --digit 7 --out runs/knobs    draw a 7 instead of a 4
 
 A capsule's LENGTH says how sure the network is that its digit is there. Its DIRECTION
 should say in which pose. A probe measures that: linear regression predicts the pose
@@ -10,7 +10,7 @@ from the numbers of the true digit's capsule, with one probe for each digit clas
 
     slant    how far a digit leans to the right as it was written, in degrees
     stroke   how wide its strokes are, in pixels
-    turn     the digits are turned by known angles, uniform in ±30 degrees
+    turn     the digits are turned counter-clockwise by known angles, uniform in ±30 degrees
     right    the digits are moved by known distances, uniform in ±3 pixels
     down     the same, downwards
 
@@ -19,7 +19,7 @@ perfect, 0 is no better than the class mean. The probes are fitted on half of th
 test digits and evaluated on the other half. Only digits that the network recognises
 count. A plain CNN and the pixels are probed in the same way, for comparison.
 
-The measurements go to pose.json. The printed tables and sentences are made from it.
+The measurements go to pose.json. The printed tables are made from it.
 knobs.png shows what the decoder redraws if the mean capsule of a class is moved in the
 direction that goes with each pose. It is drawn by the decoder with the best validation
 accuracy. Probing a run of AlexCapsNet takes about a minute on one CPU core.
@@ -50,8 +50,8 @@ RIDGE = 1.0  # small compared with the 500 digits on which a probe is fitted
 COMPONENTS = 16  # as many as a digit capsule has numbers
 BATCH = 250  # images at a time
 STEPS = 3  # drawn to either side of the mean capsule
-# The poses, and how knobs.png writes their values
-FORMATS = {
+# The poses, each with the format of its values in knobs.png
+POSES = {
     "slant": "{:+.0f}°",
     "stroke": "{:.1f} px",
     "turn": "{:+.0f}°",
@@ -65,6 +65,7 @@ LENGTH = "length (1)"
 LOGITS = "logits (10)"
 HIDDEN = "hidden layer (16 PCs)"  # principal components
 PIXELS = "pixels (16 PCs)"
+UNTRAINED = ""  # how the pixels were "trained", in pose.json
 
 # -- 1. Digits whose pose is known ----------------------------------------------------
 
@@ -74,25 +75,25 @@ class View(NamedTuple):
 
     name: str
     poses: dict[str, Tensor]  # by name, each [n]
-    how: dict[str, Tensor]  # how images_to_input moves them: degrees [n] or shifts [n, 2]
+    moves: dict[str, Tensor]  # arguments of images_to_input: degrees [n] or shifts [n, 2]
 
     def inputs(self, images: Tensor, chosen: Tensor, model) -> Tensor:
         """What `model` sees of the chosen images: [B, 1, side, side]."""
-        how = {name: values[chosen] for name, values in self.how.items()}
-        return images_to_input(images[chosen], model, **how)
+        moves = {name: values[chosen] for name, values in self.moves.items()}
+        return images_to_input(images[chosen], model, **moves)
 
 
 def make_views(images: Tensor) -> list[View]:
-    """The three versions of uint8 images [n, 28, 28]; the same ones in every call."""
+    """The three versions of uint8 images [n, 28, 28]. Each call with n images is equal."""
     generator = torch.Generator().manual_seed(1)
     uniform = 2 * torch.rand(3, len(images), generator=generator) - 1
     turn = GIVEN["turn"] * uniform[0]
     right = GIVEN["right"] * uniform[1]
     down = GIVEN["down"] * uniform[2]
     shifts = torch.stack([right, down], dim=1)
-    written = {"slant": slant(images), "stroke": stroke_width(images)}
+    measured = {"slant": slant(images), "stroke": stroke_width(images)}
     return [
-        View("as written", written, {}),
+        View("as written", measured, {}),
         View("turned", {"turn": turn}, {"degrees": turn}),
         View("shifted", {"right": right, "down": down}, {"shifts": shifts}),
     ]
@@ -118,7 +119,7 @@ def stroke_width(images: Tensor) -> Tensor:
     A stroke of length L and width w has an area of L w and a perimeter of 2 L, so w is
     2 area / perimeter. The perimeter is the sum of the gradient's magnitude, because
     brightness rises from 0 to 1 across an edge. Below 2 pixels the result is too large,
-    because a stroke then has no pixel that is all ink.
+    because such a stroke may have no pixel that is all ink.
     """
     ink = nn.functional.pad(images.double() / 255, (1, 1, 1, 1))
     # Take both diagonals of each 2x2 pixels. With differences to the right and down,
@@ -182,6 +183,7 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
     """
     everything = torch.arange(len(labels))
     if model is None:
+        # AlexCapsNet sees the digits at their own size, 28x28.
         pixels = view.inputs(images, everything, AlexCapsNet).flatten(1)
         return {PIXELS: pixels}, torch.ones(len(labels), dtype=torch.bool)
     device = evaluate.device_of(model)
@@ -189,7 +191,7 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
     recognised = []
     for chosen in everything.split(BATCH):
         x = view.inputs(images, chosen, model).to(device)
-        true = labels[chosen]
+        digits = labels[chosen]
         if isinstance(model, plain.WithoutCapsules):
             hidden = model.hidden(x)
             scores = model.scores(model.digits(hidden)).cpu()
@@ -198,21 +200,21 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
         else:
             capsules = model(x)  # [B, J, D]
             scores = model.scores(capsules).cpu()
-            rows = torch.arange(len(true))
-            capsule = capsules.cpu()[rows, true]  # [B, J, D] -> [B, D]
-            length = scores[rows, true].unsqueeze(1)  # [B, J] -> [B, 1]
+            rows = torch.arange(len(digits))
+            capsule = capsules.cpu()[rows, digits]  # [B, J, D] -> [B, D]
+            length = scores[rows, digits].unsqueeze(1)  # [B, J] -> [B, 1]
             features[LENGTH].append(length)
             features[DIRECTION].append(capsule / length)
             features[CAPSULE].append(capsule)
-        recognised.append(scores.argmax(dim=1) == true)
+        recognised.append(scores.argmax(dim=1) == digits)
     features = {name: torch.cat(parts) for name, parts in features.items()}
     return features, torch.cat(recognised)
 
 
-def measure(title, model, images: Tensor, labels: Tensor) -> dict:
+def measure(name, model, images: Tensor, labels: Tensor) -> dict:
     """Accuracy in percent and digits used for each view, R² for each feature and pose.
 
-    UserError, with the title, if the network hardly recognises a class.
+    UserError, with the network's name, if it hardly recognises a class.
     """
     # MNIST's test digits are not in random order, so the halves are drawn at random.
     # They are the same for all networks.
@@ -224,14 +226,14 @@ def measure(title, model, images: Tensor, labels: Tensor) -> dict:
         features, used = look(model, images, labels, view)
         if labels[used].bincount(minlength=10).min() < 2 * COMPONENTS:
             hint = "train it for longer"
-            raise UserError(f"{title} recognises too few digits of a class: {hint}")
+            raise UserError(f"{name} recognises too few digits of a class: {hint}")
         if model is not None:
             found["accuracy"][view.name] = round(100 * used.double().mean().item(), 2)
         found["digits"][view.name] = int(used.sum())
         for feature, x in features.items():
-            for name, values in view.poses.items():
+            for pose, values in view.poses.items():
                 r2 = probe(x[used], values[used], labels[used], fit[used])
-                found["r2"][feature][name] = round(r2, 4)
+                found["r2"][feature][pose] = round(r2, 4)
     return found
 
 
@@ -241,12 +243,16 @@ def identify(run: dict) -> dict:
     part = "capsules" if model.decoder is None else "capsules and decoder"
     if isinstance(model, plain.WithoutCapsules):
         part = "plain CNN"
-    words = evaluate.describe(run).split(", ")
-    kept = [word for word in words[1:] if not word.startswith("reconstruction")]
-    base = run["config"]["model"].removeprefix("plain-")
-    training = ", ".join([base, *kept])
-    seed = run["config"]["seed"]
-    return {"network": ", ".join(words), "part": part, "training": training, "seed": seed}
+    # What the networks of all three parts have in common if they were trained alike
+    words = evaluate.settings_in_words(run)
+    words["model"] = run["config"]["model"].removeprefix("plain-")
+    words["reconstruction"] = ""
+    return {
+        "network": evaluate.describe(run),
+        "part": part,
+        "training": evaluate.join(words.values()),
+        "seed": run["config"]["seed"],
+    }
 
 
 # -- 4. Seeds together ----------------------------------------------------------------
@@ -258,18 +264,18 @@ def pool(measured: list[dict]) -> list[dict]:
     Instead of each R², an entry has a summary of all seeds.
     """
     groups = defaultdict(list)
-    for found in measured:
-        groups[found["network"]].append(found)
+    for run in measured:
+        groups[run["network"]].append(run)
     entries = []
     for group in groups.values():
         entry = {name: group[0][name] for name in ("network", "part", "training")}
         for name in ("seed", "accuracy", "digits"):
-            entry[name] = [found[name] for found in group]
+            entry[name] = [run[name] for run in group]
         entry["r2"] = defaultdict(dict)
         for feature in group[0]["r2"]:
-            for name in FORMATS:
-                values = [found["r2"][feature][name] for found in group]
-                entry["r2"][feature][name] = summary(values)
+            for pose in POSES:
+                values = [run["r2"][feature][pose] for run in group]
+                entry["r2"][feature][pose] = summary(values)
         entries.append(entry)
     return entries
 
@@ -293,22 +299,22 @@ def difference(first: dict, second: dict) -> dict:
     return {"mean": gap, "interval": interval}
 
 
-def trained_alike(pose: dict) -> dict:
+def trained_alike(probed: dict) -> dict:
     """The networks that were trained alike, {part: entry}, and the pixels.
 
     Only these can be compared. If there are several such groups, take the largest.
     """
     groups = defaultdict(dict)
-    for entry in pose["networks"]:
+    for entry in probed["networks"]:
         groups[entry["training"]].setdefault(entry["part"], entry)
-    pixels = groups.pop("")
+    pixels = groups.pop(UNTRAINED)
     return max(groups.values(), key=len) | pixels
 
 
-def differences(pose: dict) -> dict:
+def differences(probed: dict) -> dict:
     """Differences between networks that were trained alike: {title: {pose: difference}}."""
-    entries = trained_alike(pose)
-    found = {}
+    entries = trained_alike(probed)
+    by_title = {}
     for part, other, feature in (
         ("capsules", "plain CNN", LOGITS),
         ("capsules and decoder", "plain CNN", LOGITS),
@@ -319,73 +325,54 @@ def differences(pose: dict) -> dict:
             first = entries[part]["r2"][DIRECTION]
             second = entries[other]["r2"][feature]
             title = f"{part}: {DIRECTION}, minus {other}: {feature}"
-            found[title] = {name: difference(first[name], second[name]) for name in FORMATS}
-    return found
+            by_title[title] = {pose: difference(first[pose], second[pose]) for pose in POSES}
+    return by_title
 
 
-# -- 5. Tables and sentences, made from pose.json -------------------------------------
+# -- 5. Tables, made from pose.json ----------------------------------------------------
 
 
-def written(found: dict, form: str) -> str:
+def with_interval(figure: dict, form: str) -> str:
     """A mean and its interval: 0.46 (0.41 to 0.50)."""
-    text = f"{found['mean']:{form}}"
-    if found["interval"]:
-        low, high = found["interval"]
+    text = f"{figure['mean']:{form}}"
+    if figure["interval"]:
+        low, high = figure["interval"]
         text += f" ({low:{form}} to {high:{form}})"
     return text
 
 
-def pose_table(pose: dict) -> str:
+def pose_table(probed: dict) -> str:
     """R² of every network, feature and pose, with 95 % intervals, in Markdown."""
     lines = []
-    for entry in pose["networks"]:
+    for entry in probed["networks"]:
         for feature, r2 in entry["r2"].items():
-            cells = [written(r2[name], ".2f") for name in FORMATS]
+            cells = [with_interval(r2[pose], ".2f") for pose in POSES]
             lines.append([entry["network"], str(len(entry["seed"])), feature, *cells])
-    return evaluate.markdown_table(["network", "n", "the probe sees", *FORMATS], lines)
+    return evaluate.markdown_table(["network", "n", "the probe sees", *POSES], lines)
 
 
-def short_table(pose: dict) -> str:
+def short_table(probed: dict) -> str:
     """The mean R² of networks that were trained alike, and of the pixels, in Markdown.
 
-    The whole capsule is left out: it says what its direction says.
+    The whole capsule is left out: it says hardly more than its direction.
     """
     lines = []
-    for part, entry in trained_alike(pose).items():
+    for part, entry in trained_alike(probed).items():
         for feature, r2 in entry["r2"].items():
             if feature == CAPSULE:
                 continue
-            cells = [f"{r2[name]['mean']:.2f}" for name in FORMATS]
+            cells = [f"{r2[pose]['mean']:.2f}" for pose in POSES]
             lines.append([part, feature, *cells])
-    return evaluate.markdown_table(["network", "the probe sees", *FORMATS], lines)
+    return evaluate.markdown_table(["network", "the probe sees", *POSES], lines)
 
 
-def difference_table(pose: dict) -> str:
+def difference_table(probed: dict) -> str:
     """The differences of R², with 95 % intervals over seeds, in Markdown."""
     lines = []
-    for title, found in differences(pose).items():
-        lines.append([title, *(written(found[name], "+.2f") for name in FORMATS)])
-    return evaluate.markdown_table(["difference of R²", *FORMATS], lines)
-
-
-def finding(pose: dict) -> str:
-    """What the measurements say, in words."""
-    lines = []
-    for part, entry in trained_alike(pose).items():
-        for feature, r2 in entry["r2"].items():
-            means = {name: r2[name]["mean"] for name in FORMATS}
-            least = min(means, key=means.get)
-            most = max(means, key=means.get)
-            span = f"{means[least]:.2f} ({least}) to {means[most]:.2f} ({most})"
-            lines.append(f"{part}: with the {feature}, R² ranges from {span}.")
-    for title, found in differences(pose).items():
-        intervals = {name: gap["interval"] for name, gap in found.items() if gap["interval"]}
-        more = [name for name, (low, _) in intervals.items() if low > 0]
-        less = [name for name, (_, high) in intervals.items() if high < 0]
-        text = f"higher for {', '.join(more) or 'none'}, lower for {', '.join(less) or 'none'}"
-        if intervals:
-            lines.append(f"{title}: R² is {text}, otherwise undecided.")
-    return "\n".join(lines)
+    for title, gaps in differences(probed).items():
+        cells = [with_interval(gaps[pose], "+.2f") for pose in POSES]
+        lines.append([title, *cells])
+    return evaluate.markdown_table(["difference of R²", *POSES], lines)
 
 
 # -- 6. The picture -------------------------------------------------------------------
@@ -399,32 +386,33 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
     [7, 28, 28] in 0..1)}.
     """
     labels = torch.full([len(images)], digit)
+    views = make_views(images)
+    features, used = look(model, images, labels, views[0])  # the digits as written
+    centre = features[CAPSULE][used].mean(dim=0)  # the mean capsule
     drawn = {}
-    for view in make_views(images):
+    for view in views:
         features, used = look(model, images, labels, view)
         capsules = features[CAPSULE][used]  # [n, D]
         poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
-        if view.name == "as written":
-            centre = capsules.mean(dim=0)
         # Regression of the capsule on all poses of the view at once: a slope says how
         # the capsule changes with one pose if the other stays the same.
         x = poses - poses.mean(dim=0)
         y = capsules - capsules.mean(dim=0)
         slopes = torch.linalg.lstsq(x, y).solution  # [p, D]
-        for name, column, slope in zip(view.poses, poses.T, slopes, strict=True):
-            values = knob_values(name, column)
+        for pose, column, slope in zip(view.poses, poses.T, slopes, strict=True):
+            values = knob_values(pose, column)
             moves = values - values[STEPS]  # from the middle
             moved = centre + moves.unsqueeze(1) * slope  # [7, D]
-            drawn[name] = (values, redraw(model, moved, digit))
+            drawn[pose] = (values, redraw(model, moved, digit))
     return drawn
 
 
-def knob_values(name: str, found: Tensor) -> Tensor:
-    """Seven evenly spaced values of a pose to draw, for digits whose values are `found`."""
+def knob_values(pose: str, measured: Tensor) -> Tensor:
+    """Seven evenly spaced values of a pose to draw; the digits' own values are `measured`."""
     steps = torch.arange(-STEPS, STEPS + 1) / STEPS  # -1..1
-    if name in GIVEN:
-        return GIVEN[name] * steps
-    return found.mean() + 2 * found.std() * steps
+    if pose in GIVEN:
+        return GIVEN[pose] * steps
+    return measured.mean() + 2 * measured.std() * steps
 
 
 def redraw(model, capsules: Tensor, digit: int) -> Tensor:
@@ -437,10 +425,10 @@ def redraw(model, capsules: Tensor, digit: int) -> Tensor:
 
 def draw_knobs(drawn: dict, title: str, file: Path) -> None:
     """Draw a row of pictures for each pose. The mean capsule's picture is framed."""
-    figure, axes = plt.subplots(len(FORMATS), 2 * STEPS + 1, figsize=(14, 12))
-    for row, (name, form) in zip(axes, FORMATS.items(), strict=True):
-        values, pictures = drawn[name]
-        row[0].set_ylabel(name, fontsize=24)
+    figure, axes = plt.subplots(len(POSES), 2 * STEPS + 1, figsize=(14, 12))
+    for row, (pose, form) in zip(axes, POSES.items(), strict=True):
+        values, pictures = drawn[pose]
+        row[0].set_ylabel(pose, fontsize=24)
         for axis, value, picture in zip(row, values, pictures, strict=True):
             axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -490,15 +478,16 @@ def main() -> None:
         run["network"] = evaluate.load_network(run, find_device(None))
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pixels = {"network": "no network", "part": "no network", "training": "", "seed": None}
+    nothing = "no network"
+    pixels = {"network": nothing, "part": nothing, "training": UNTRAINED, "seed": None}
     measured = [pixels | measure("the pixels", None, images, labels)]
     for run in runs:
         found = measure(run["folder"], run["network"], images, labels)
         print(f"{run['folder']}: accuracy in %: {found['accuracy']}", flush=True)
         measured.append(identify(run) | found)
-    pose = {"test_images": len(labels), "ridge": RIDGE, "networks": pool(measured)}
-    write_file(args.out / "pose.json", f"{json.dumps(pose, indent=1)}\n".encode())
-    print(f"\n{pose_table(pose)}\n{difference_table(pose)}\n{finding(pose)}\n")
+    probed = {"test_images": len(labels), "ridge": RIDGE, "networks": pool(measured)}
+    write_file(args.out / "pose.json", f"{json.dumps(probed, indent=1)}\n".encode())
+    print(f"\n{pose_table(probed)}\n{difference_table(probed)}\n")
 
     decoders = [run for run in runs if run["network"].decoder is not None]
     if decoders:

@@ -9,7 +9,7 @@ share a row. Runs on a GPU have rows of their own, NAME-cuda, because TF32 and f
 are not the CPU's settings. The script writes:
 
     README.md, results/README.md   tables, from <!-- results: NAME --> to <!-- end -->
-    comparison.md, .csv, .png      the report's four setups, on the CPU
+    comparison.md, .csv, .png      the student report's four setups, on the CPU
     NAME/*.png                     pictures of each run that has its lengths.npy here
     DECODER/weights.pt             the only weights that are kept, in float16
 
@@ -28,7 +28,6 @@ import re
 from pathlib import Path
 from statistics import mean, median
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,8 +47,8 @@ from results.claims import (
 from train_single import MODELS, run_main, write_file
 
 HERE = Path(__file__).parent
-# The report's own figures, not ours: test accuracy in percent, and epochs
-REPORT = {
+# The student report's own figures, not ours: test accuracy in percent, and epochs
+STUDENT_REPORT = {
     "alexcaps-single": (98.06, 10),
     "alexcaps-ddp": (96.28, 20),
     "rescaps-single": (98.70, 20),
@@ -60,9 +59,9 @@ DECODER = "alexcaps-ddp-reconstruction"  # the run whose weights are kept
 ACCURACIES = {
     "val_accuracy": VALIDATION_IMAGES,
     "accuracy": TEST_IMAGES,
-    "turned_15": 2_000,  # 1,000 turned each way
-    "turned_30": 2_000,
-    "turned_45": 2_000,
+    "turned_15": 1_000,  # the same digits, turned both ways
+    "turned_30": 1_000,
+    "turned_45": 1_000,
 }
 
 # -- 1. How a figure is written ------------------------------------------------------
@@ -104,16 +103,21 @@ def table(rows: list[dict], *names: str) -> str:
 
 
 def format_cell(cell) -> str:
-    return format_number(cell) if isinstance(cell, float) else str(cell)
+    is_number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
+    return format_number(cell) if is_number else str(cell)
 
 
 # -- 2. The tables -------------------------------------------------------------------
+
+# `kept` is {name of a run without its seed: row}. evaluate.make_row makes a row: settings,
+# the mean NAME of each metric and its deviation NAME_std, and, seed by seed, "runs" and
+# "values" (of each metric).
 
 
 def headline(kept: dict[str, dict]) -> str:
     """Four rows: the report's accuracy and ours."""
     rows = []
-    for setup, (accuracy, epochs) in REPORT.items():
+    for setup, (accuracy, epochs) in STUDENT_REPORT.items():
         network, script = setup.split("-")
         row = {
             "network": MODELS[network].__name__,
@@ -208,7 +212,7 @@ def short_claim_table(claims: list[Claim]) -> str:
 
 
 def changed_flags(row: dict, base: dict) -> str:
-    """The settings in which a row differs from the base, for example "--rotate 0.0"."""
+    """How a row's network and usual settings differ from the base's: "--rotate 0.0"."""
     flags = []
     for name in ("model", *evaluate.USUAL):
         if row[name] != base[name]:
@@ -256,18 +260,19 @@ def difference_table(kept: dict[str, dict]) -> str:
 
 
 def full_length_tables(kept: dict[str, dict]) -> str:
-    """A table for each setup of the report: its variants' accuracies minus its own.
+    """For each setup of the report, a table of how its variants differ from it.
 
     The variants of alexcaps-ddp are plain-alexcaps-ddp, alexcaps-ddp-shift, ...
     """
     tables = []
-    for setup in REPORT:
+    for setup in STUDENT_REPORT:
         if setup not in kept:
             continue
-        rows = {"baseline": kept[setup]}
+        rows = {"baseline": kept[setup]}  # difference_table compares with this name
         for name, row in kept.items():
-            is_variant = name.startswith(f"{setup}-") and "-cuda" not in name
-            if is_variant or name == f"plain-{setup}":
+            is_plain = name == f"plain-{setup}"
+            is_changed = name.startswith(f"{setup}-") and "-cuda" not in name
+            if is_plain or is_changed:
                 rows[name] = row
         if len(rows) > 1:
             tables.append(difference_table(rows))
@@ -286,7 +291,7 @@ def scaling_cells(row: dict) -> dict:
 
 
 def speed_text(speed: dict) -> str:
-    """What benchmark.py measured on one machine: a table for each part."""
+    """The content of one speed-*.json: a table for each part, below its hardware."""
     text = ""
     for part, measured in speed.items():
         rows = measured["rows"]
@@ -304,15 +309,17 @@ def first_epoch_with(accuracy: float, run: dict) -> int:
 
 def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
     """How long the report's code and ours take to reach an accuracy."""
-    ms = {}  # per step of our code; the report's code and ours took turns
+    milliseconds = {}  # {part: per step of our code}
     for row in report_code["rows"]:
-        if row["setting"] == "fp32":
-            ms[row["part"]] = row["ms"]
+        if row["code"] == "ours" and row["setting"] == "fp32":
+            milliseconds[row["part"]] = row["ms"]
     rows = []
     for row in report_code["to an accuracy"]:
+        if row["ours"] not in kept:
+            continue
         runs = kept[row["ours"]]["runs"]
         epochs = [first_epoch_with(row["accuracy, %"], run) for run in runs]
-        seconds_a_step = ms[f"{row['network']}, step with its data"] / 1000
+        seconds_a_step = milliseconds[f"{row['network']}, step with its data"] / 1000
         seconds_an_epoch = seconds_a_step * 55_000 / 32  # images / batch = steps
         seconds = mean(epochs) * seconds_an_epoch
         cells = {
@@ -381,13 +388,13 @@ def kept_rows(folder: Path) -> dict[str, dict]:
 
     UserError if the seeds of one name differ in anything else.
     """
-    runs = {}
+    groups = {}
     for path in sorted(folder.glob("*/config.json")):
         name = re.sub(r"-seed\d+$", "", path.parent.name)
-        runs.setdefault(name, []).append(evaluate.read_run(path.parent))
+        groups.setdefault(name, []).append(evaluate.read_run(path.parent))
     kept = {}
-    for name, seeds in runs.items():
-        rows = evaluate.make_rows(seeds)
+    for name, runs in groups.items():
+        rows = evaluate.make_rows(runs)
         if len(rows) > 1:
             hint = "delete the wrong ones"
             raise UserError(f"{folder / name}: its seeds differ in settings: {hint}")
@@ -420,13 +427,15 @@ def place(run: dict, overwrite: bool) -> Path:
 def target_folder(folder: Path, device: str) -> Path:
     """runs/NAME -> results/NAME; runs/ablation/NAME -> results/ablation/NAME.
 
-    On a GPU, NAME becomes NAME-cuda, and NAME-seed1 becomes NAME-cuda-seed1.
+    If it was trained on a GPU, NAME becomes NAME-cuda, and NAME-seed1 becomes
+    NAME-cuda-seed1, except in ablation/.
     """
     if folder.parent.name == "ablation":
         return HERE / "ablation" / folder.name
     name = folder.name
     if device != "cpu" and "-cuda" not in name:
-        name = re.sub(r"(-seed\d+)?$", r"-cuda\1", name, count=1)
+        stem, dash, seed = name.partition("-seed")  # without a seed, both are empty
+        name = f"{stem}-cuda{dash}{seed}"
     return HERE / name
 
 
@@ -445,10 +454,11 @@ def keep(run: dict, target: Path) -> None:
     config = run["config"] | {"data_dir": "data"}
     text = json.dumps(config, indent=2) + "\n"
     write_file(target / "config.json", text.encode())
+    (target / "lengths.npy").unlink(missing_ok=True)  # of a run that this one replaces
     names = ["metrics.csv", "report.json"]
     is_drawn = config["seed"] == 0 and target.parent == HERE
     if is_drawn and (run["folder"] / "lengths.npy").exists():
-        names.append("lengths.npy")  # 200 kB
+        names.append("lengths.npy")  # 400 kB
     for name in names:
         write_file(target / name, (run["folder"] / name).read_bytes())
 
@@ -460,16 +470,15 @@ def draw(kept: dict[str, dict], images: Tensor, labels: Tensor) -> None:
     """Draw each run that has its lengths.npy, beside its plain CNN if that is kept."""
     for name, row in kept.items():
         run = row["runs"][0]
-        file = run["folder"] / "lengths.npy"
-        if not file.exists():
+        if not (run["folder"] / "lengths.npy").exists():
             continue
-        angles = None
+        lengths = evaluate.read_lengths(run, labels.numpy())
+        plain_accuracies = None
         if f"plain-{name}" in kept:
             plain_run = kept[f"plain-{name}"]["runs"][0]
-            angles = evaluate.at_angles(plain_run["report"])
-        lengths = np.load(file)
-        evaluate.save_pictures(run, lengths, images, labels, run["folder"], angles)
-        if evaluate.weights_file(run):
+            plain_accuracies = evaluate.at_angles(plain_run["report"])
+        evaluate.save_pictures(run, lengths, images, labels, run["folder"], plain_accuracies)
+        if name == DECODER:
             model = evaluate.load_network(run, torch.device("cpu"))
             evaluate.save_decoder_pictures(run, model, lengths, images, labels, run["folder"])
 
@@ -486,17 +495,19 @@ def main() -> None:
     flag("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
     flags = parser.parse_args()
     MODELS.update(plain.NETWORKS)  # their runs are kept, too
-    # If a file is missing or a run may not be kept, nothing is written.
+    # Every run is checked before anything is written.
     images, labels = load("mnist", flags.data_dir, "test")
     runs = [evaluate.read_run(folder) for folder in flags.runs]
     targets = [place(run, flags.overwrite) for run in runs]
+    if len(set(targets)) < len(targets):
+        raise UserError("two of these runs have the same name: keep one of them")
     for run, target in zip(runs, targets, strict=True):
         keep(run, target)
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
         write_file(page, text.encode())
     compared = []
-    for setup in REPORT:
+    for setup in STUDENT_REPORT:
         if setup in kept:
             compared += kept[setup]["runs"]
     evaluate.compare(compared, HERE)

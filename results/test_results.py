@@ -61,7 +61,7 @@ def test_capsule_formulations_agree():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_quick_benchmark_writes_json(tmp_path):
+def test_quick_benchmark_writes_json(tmp_path, monkeypatch):
     """One part at a time. Each leaves the file's other parts alone."""
     file = tmp_path / "speed-cpu.json"
     file.write_text('{"steps": {"hardware": "", "torch": "", "rows": []}}')
@@ -72,6 +72,11 @@ def test_quick_benchmark_writes_json(tmp_path):
     result = json.loads(file.read_text())
     assert list(result) == ["steps", "capsules", "data", "scaling"]
     assert tables.speed_text(result) in printed
+    before = file.read_text()
+    monkeypatch.setitem(benchmark.PARTS, "scaling", lambda *_: [])  # cannot be measured here
+    code, _, error = call(benchmark, *flags)
+    assert code == 0, error
+    assert file.read_text() == before
 
 
 # -- plain.py ------------------------------------------------------------------------
@@ -125,6 +130,15 @@ def test_a_plain_network_has_no_decoder(tmp_path):
         result = call(plain, "train_single.py", *flags, "--reconstruction", 1)
     assert_one_line(result, "--reconstruction", "no capsule to draw from")
     assert not (tmp_path / "run").exists()
+
+
+def test_plain_leaves_the_report_of_a_capsule_network(tmp_path):
+    run = Path(shutil.copytree(HERE / "alexcaps-ddp", tmp_path / "run"))
+    before = contents(run)
+    with mock.patch.dict(train_single.MODELS):
+        result = call(plain, "evaluate.py", run)
+    assert_one_line(result, "has capsules", "python evaluate.py")
+    assert contents(run) == before
 
 
 def test_plain_names_its_scripts():
@@ -427,6 +441,26 @@ def test_the_ablation_needs_its_baseline(empty_results, tmp_path):
     assert tables.difference_table(kept) == "not measured\n"
 
 
+def test_a_kept_run_has_no_lengths_of_the_run_before(empty_results, tmp_path):
+    keep(run_to_keep(tmp_path / "a" / "alexcaps-single"))
+    kept = empty_results / "alexcaps-single"
+    assert (kept / "lengths.npy").exists()
+    run = run_to_keep(tmp_path / "b" / "alexcaps-single")
+    (run["folder"] / "lengths.npy").unlink()
+    keep(run)
+    assert not (kept / "lengths.npy").exists()
+
+
+def test_two_runs_of_one_name_are_refused(empty_results, tmp_path, monkeypatch):
+    folders = [tmp_path / name / "alexcaps-single" for name in ("a", "b")]
+    for folder in folders:
+        run_to_keep(folder)
+    monkeypatch.setattr(tables, "load", lambda *_: (None, None))  # needs MNIST
+    with mock.patch.dict(train_single.MODELS):
+        assert_one_line(call(tables, *folders), "two of these runs have the same name")
+    assert not empty_results.exists()
+
+
 # -- README.md and results/README.md -------------------------------------------------
 
 
@@ -437,8 +471,9 @@ def written_again(tmp_path, monkeypatch):
     shutil.copytree(HERE, tmp_path / "results", ignore=ignored)
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path / "results")
-    monkeypatch.setattr(tables, "load", lambda *_: (None, None))  # needs MNIST
-    for name in ("save_pictures", "save_decoder_pictures", "save_comparison"):
+    # These need MNIST.
+    monkeypatch.setattr(tables, "load", lambda *_: (mock.Mock(), mock.Mock()))
+    for name in ("read_lengths", "save_pictures", "save_decoder_pictures", "save_comparison"):
         monkeypatch.setattr(evaluate, name, mock.Mock())
     with mock.patch.dict(train_single.MODELS):
         code, _, error = call(tables)
