@@ -82,9 +82,9 @@ def dynamic_routing(
     every iteration, each [B, J, N]. Gradients flow through all iterations. Each image
     is routed on its own: no sum below runs over B.
 
-    The layout [B, J, N, D] makes this fast: both sums of the procedure read memory in
-    order. The sum over i is a batched matrix product, which does not store the products
-    of c and the votes.
+    The layout [B, J, N, D] makes this fast: the sum over i (for s_j) and the sum over D
+    (for the agreement) both read memory in order. The sum over i is a batched matrix
+    product, so the products of c and the votes are never stored.
     """
     votes = at_least_float32(votes)
     B, J, N = votes.shape[:3]
@@ -171,8 +171,8 @@ class DigitCapsules(nn.Module):
         #   u^_j|i = W_ij u_i                                             [S17] eq. 2
         # as a batch of N matrix products, [B, I] @ [I, J*D]. W is not copied. Many
         # implementations copy it once per image: 0.7 MB in AlexCapsNet, 6.6 MB in
-        # ResCapsNet.
-        u = u.transpose(0, 1)  # [B, N, I] -> [N, B, I]
+        # ResCapsNet. (squash returned float32, but a network may be in 16 bits.)
+        u = u.transpose(0, 1).to(self.weight.dtype)  # [B, N, I] -> [N, B, I]
         votes = torch.bmm(u, self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
         votes = votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
@@ -192,6 +192,7 @@ def margin_loss(lengths: Tensor, labels: Tensor, m_plus=0.9, m_minus=0.1, lam=0.
     """
     lengths = at_least_float32(lengths)
     T = nn.functional.one_hot(labels, lengths.shape[1])  # [B] -> [B, J]: 1 if true
+    T = T.to(lengths.dtype)
     #   L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2
     #                                                                     [S17] eq. 4
     present = T * (m_plus - lengths).clamp(min=0) ** 2
@@ -202,9 +203,9 @@ def margin_loss(lengths: Tensor, labels: Tensor, m_plus=0.9, m_minus=0.1, lam=0.
 class Decoder(nn.Module):
     """Redraw a digit from one capsule: [B, J, D] -> [B, 1, 28, 28] in 0..1.
 
-    [S17] section 4.1 and figure 2. The decoder sees one capsule of each image, and which
-    digit's capsule it is. If the drawing has to resemble the input, the capsule's D
-    numbers must say how the digit is written.
+    [S17] section 4.1 and figure 2. The decoder gets one capsule of each image. The
+    capsule's place in the masked vector tells it which digit that is. If the drawing has
+    to resemble the input, the capsule's D numbers must say how the digit is written.
 
         capsules        mask         one vector      three linear layers
         [B, J, D]  ->  keep one  ->  [B, J*D]   ->  512 -> 1024 -> 784 = 28 * 28 pixels
@@ -259,7 +260,8 @@ class CapsuleNetwork(nn.Module):
     """Images [B, 1, side, side], standardised -> digit capsules [B, J, D].
 
     A subclass says which input it wants (side, mean, std), where its primary capsules
-    sit (map_side, place_stride), and builds three parts: `features`, the convolutions;
+    sit (map_side, place_stride: for evaluate.py's pictures of routing), and builds three
+    parts: `features`, the convolutions;
     `primary`, a PrimaryCapsules; and `digits`, a DigitCapsules. `reconstruction` is the
     weight of the decoder's loss; at 0 there is no decoder.
     """
@@ -268,7 +270,8 @@ class CapsuleNetwork(nn.Module):
     mean: float  # of the pixels in 0..1
     std: float
     map_side: int  # primary capsules sit at map_side x map_side places
-    place_stride: int | None  # pixels between two places; None: all see the whole image
+    # Input pixels between neighbouring places; None if each place sees the whole image
+    place_stride: int | None
 
     def __init__(self, features, primary, digits, reconstruction: float = 0.0):
         super().__init__()

@@ -49,8 +49,8 @@ class UserError(Exception):
 def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
     """The content of one MNIST file, unpacked. None if it is missing.
 
-    UserError if it is not a file of MNIST. The content that is checked is the content that
-    is returned, so nothing else in the folder can be read by mistake.
+    UserError if it is not a file of MNIST. The file is read once: the bytes that are checked
+    are the bytes that are returned.
     """
     path = Path(data_dir) / "MNIST" / "raw" / name
     if not path.exists():
@@ -243,13 +243,14 @@ def sampling_grid(
     down = zero if shifts is None else shifts[:, 1] * pixel
     cos = angle.cos()
     sin = angle.sin()
-    # The output's place (x, y) shows what was at
+    # The picture is shifted, then turned. To find where the output's place (x, y) came from,
+    # go backwards: undo the rotation, then the shift.
     #
     #   ( cos  -sin ) ( x )     ( right )
     #   ( sin   cos ) ( y )  -  ( down  )
     #
-    # because the shift came first. The y axis points down, so this matrix turns the picture
-    # counter-clockwise.
+    # The y axis points down. So the right edge (1, 0) shows what was below it, at (cos, sin):
+    # the content moved up, and the picture turned counter-clockwise.
     entries = [cos, -sin, -right, sin, cos, -down]  # 6 times [B]
     matrix = torch.stack(entries, dim=1).view(B, 2, 3)
     return F.affine_grid(matrix, [B, 1, side, side], align_corners=False)
@@ -259,6 +260,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
     """The seed of an epoch's random numbers.
 
     No two runs with different --seed use the same one, if they have fewer than 1000 epochs.
+    (PyTorch uses only 32 bits of it, so --seed ends at 4,000,000.)
     """
     return 1000 * seed + epoch
 

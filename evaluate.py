@@ -176,7 +176,7 @@ def routing_summary(model, images: Tensor, labels: Tensor) -> dict:
     n = len(labels)
     c = all_couplings(model, images)  # [T, n, J, N]
     to_true = c[:, torch.arange(n), labels]  # [T, n, N]: those to the true digit
-    # The rest is about the last iteration.
+    # The maps and the histograms are about the last iteration.
     is_other = labels.unsqueeze(1) != torch.arange(10)  # [n, J]
     last_to_others = c[-1][is_other]  # [9n, N]
     last_to_true = to_true[-1]  # [n, N]
@@ -480,7 +480,7 @@ def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path,
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
     }
     network = MODELS[run["config"]["model"]]
-    if "coupling_maps" in report:  # some kept reports have none
+    if "coupling_maps" in report:  # the report of an older version may lack them
         if network.place_stride is None:  # its capsules see the whole image
             pictures["routing"] = draw_coupling_histograms(report)
         else:
@@ -684,9 +684,9 @@ def draw_coupling_maps(report: dict, network, images: np.ndarray) -> tuple:
     rows = network.map_side
     maps = maps.reshape(10, rows, rows)
     means = images.reshape(10, -1, 28, 28).mean(axis=1)
-    # Draw each place as a square around the middle of what it sees. Place k of a side sees
-    # 17 pixels of the 78x78 input, from 8k - 4 to 8k + 13. Their middle is at 8k + 4.5. The
-    # square around it has a side of 8 pixels, from 8k + 0.5 to 8k + 8.5.
+    # Draw each place as a square around the middle of what it sees. In ResCapsNet, place k
+    # of a side sees 17 pixels of the 78x78 input, from 8k - 4 to 8k + 13. Their middle is at
+    # 8k + 4.5. The square around it has a side of 8 pixels, from 8k + 0.5 to 8k + 8.5.
     edges = network.place_stride * np.arange(rows + 1) + 0.5
     edges = edges * 28 / network.side  # in pixels of the 28x28 image
     edges -= 0.5  # in a picture, the first pixel begins at -0.5
@@ -726,12 +726,12 @@ def routing_title(report: dict) -> str:
 
 
 @torch.inference_mode()
-def decode(model, capsules: Tensor, digits: Tensor) -> Tensor:
-    """Draw from the capsules of `digits` [n]: [n, J, D] -> [n, 28, 28], on the CPU.
+def decode(model, capsules: Tensor, classes: Tensor) -> Tensor:
+    """Draw from the capsules of `classes` [n]: [n, J, D] -> [n, 28, 28], on the CPU.
 
     The drawings are in 0..1, where 0 is black.
     """
-    drawn = model.decoder(capsules, digits.to(capsules.device))  # [n, 1, 28, 28]
+    drawn = model.decoder(capsules, classes.to(capsules.device))  # [n, 1, 28, 28]
     return drawn.squeeze(1).cpu()
 
 
@@ -748,7 +748,7 @@ def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tupl
     shown = torch.cat([ten, mistakes[:4]])
     true = labels[shown]
     inputs = images_to_input(images[shown].to(device_of(model)), model)
-    capsules = outputs(model, images[shown])
+    capsules = outputs(model, images[shown], title="pictures")
     answers = model.scores(capsules).argmax(dim=1).cpu()
     rows = {
         "input": model.target(inputs).squeeze(1).cpu(),
@@ -771,7 +771,7 @@ def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
     For each digit, this is the number that changes the drawing most.
     """
     ten = first_of_each_class(labels, 1)
-    capsules = outputs(model, images[ten])  # [10, J, D]
+    capsules = outputs(model, images[ten], title="pictures")  # [10, J, D]
     drawings = []
     rows = []
     for digit in range(10):
@@ -797,8 +797,8 @@ def move_each_number(model, capsules: Tensor, digit: int) -> Tensor:
     for k in range(D):
         moved[k, :, digit, k] += STEPS.to(capsules.device)
     moved = moved.flatten(0, 1)  # -> [D * steps, J, D]
-    digits = torch.full([len(moved)], digit)
-    drawn = decode(model, moved, digits)  # -> [D * steps, 28, 28]
+    classes = torch.full([len(moved)], digit)
+    drawn = decode(model, moved, classes)  # -> [D * steps, 28, 28]
     return drawn.unflatten(0, (D, len(STEPS)))
 
 
@@ -944,8 +944,8 @@ def find_rules(ink: np.ndarray) -> np.ndarray:
     rules = np.zeros_like(dark)
     for slope in np.linspace(-0.1, 0.1, 21):
         rise = np.round(slope * columns).astype(int)
-        # rows[y] follows the line that begins at height y. It leaves the picture at the
-        # bottom and comes back at the top.
+        # rows[y] follows the line that begins at height y. If it leaves the picture, it
+        # comes back at the opposite edge.
         rows = (np.arange(height)[:, None] + rise) % height
         dark_along = np.take_along_axis(dark, rows, axis=0)
         thin_along = np.take_along_axis(thin, rows, axis=0)
@@ -1468,7 +1468,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
     if file.name == "best.pt":
         checkpoint = train_single.load_checkpoint(file)
         history = checkpoint["history"]
-        # Training writes best.pt before metrics.csv, and may be killed in between.
+        # Training writes last.pt, best.pt and metrics.csv, and may be killed in between.
         if not history or history[-1] != run["best"]:
             hint = "resume the run first"
             raise UserError(f"{file} does not match metrics.csv's best epoch: {hint}")

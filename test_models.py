@@ -298,7 +298,8 @@ def test_shapes_and_counts(network, parameters, flops, n):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_finite(network, dtype):
     model = network()
-    # At 0 all capsules are zero vectors. At 255 float16 would overflow if it squared them.
+    # At 0 all capsules are zero vectors. At 255 AlexCapsNet's would overflow in float16 if
+    # they were squared there.
     for scale in (0, 255):
         images = scale * torch.rand(1, 1, network.side, network.side)
         with torch.autocast("cpu", dtype):
@@ -1006,8 +1007,10 @@ def killed_in_write(file, count):
 
 STOPS = {  # name: (wrapper, exit code, finished epochs)
     "ctrl c": (IN_EPOCH_2, 130, 1),
-    # Each file is written before epoch 1, after epoch 1 and after epoch 2.
+    # All files but best.pt are written before epoch 1, after epoch 1 and after epoch 2.
     "kill in write": (killed_in_write("last.pt", 3), -signal.SIGKILL, 1),
+    # Epoch 1 is the best so far. best.pt is written again when the run is resumed.
+    "kill before best.pt": (killed_in_write("best.pt", 1), -signal.SIGKILL, 1),
     "kill before config": (killed_in_write("config.json", 1), -signal.SIGKILL, 0),
     "kill after last.pt": (killed_in_write("metrics.csv", 3), -signal.SIGKILL, 2),
 }
@@ -1248,7 +1251,7 @@ def digits_run(network, accumulation=1, batch_size=32, images=64, reconstruction
         batch_size=batch_size,
         reconstruction=reconstruction,
     )
-    # lr 1: in a step the parameters move by exactly their gradient
+    # lr 1: in a step the parameters move by exactly minus their gradient
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
     for module in run.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -1262,9 +1265,10 @@ def digits_run(network, accumulation=1, batch_size=32, images=64, reconstruction
 
 
 # (network, accumulation steps, batch size per rank, images, reconstruction weight).
-# Each case must equal one process with batch size 64. In the second case, each rank has
-# batches of 16, 16 and 5: a group of two and then a group of one, so two steps.
+# Each case must equal one process with batch size 64. With 74 images, each rank has 37: two
+# batches of 32 and 5, or batches of 16, 16 and 5, a group of two and then a group of one.
 CASES = [
+    ("alexcaps", 1, 32, 74, 0.0),
     ("rescaps", 1, 32, 64, 0.0),
     ("alexcaps", 2, 16, 74, 0.0),
     ("alexcaps", 2, 16, 64, 20.0),
@@ -1316,7 +1320,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         expected_validation = train_single.validate(run.model, held_out)
         ends = [p.detach() for p in run.model.parameters()]
         for found, start, end in zip(parameters, starts, ends, strict=True):
-            move = end - start  # the gradient
+            move = end - start  # minus the gradient, summed over the steps
             largest = move.abs().max().item()
             assert largest > 1e-5, case
             rounding = 1e-8  # of the parameters themselves
@@ -1345,13 +1349,13 @@ def undisturbed(tmp_path_factory):
     process = torchrun(HERE / "train_ddp.py", *TWO_RANKS, "--run-dir", run_dir)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("epoch  2/2") == 1  # rank 0 alone prints
+    assert "AlexCapsNet in fp32, 2 processes, each on" in process.stdout
     return run_dir
 
 
 # A rank dies in the first start of the job, in its second, ... DEATHS lists (rank, moment). The
 # moment is a call of the margin loss, or a file that is written but not yet renamed. An epoch
-# has 3 steps and 1 validation batch, so call 6 is in the second step of epoch 2. (In call 5,
-# rank 0 may still be saving epoch 1.)
+# has 3 steps and 1 validation batch, so call 6 is in the second step of epoch 2.
 DYING = """
 import os, signal
 import capsules, train_ddp
@@ -1566,6 +1570,24 @@ def test_the_wanted_precision_is_used(wanted, has_bf16, warning, monkeypatch, ca
     assert capsys.readouterr().out[:7] == warning
 
 
+def test_the_command_line_chooses_the_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ddp, "cpu_has_bfloat16", lambda: True)  # the default is bf16
+    command = (*ALEX, "--dry-run", "--device", "cpu", "--run-dir", tmp_path / "run")
+    code, printed, error = ddp(*command, "--precision", "fp32")
+    assert code == 0, error
+    assert "AlexCapsNet in fp32 on" in printed
+
+
+def test_an_old_copy_on_another_machine_is_one_mistake(monkeypatch):
+    """Only rank 0's machine has the newest last.pt."""
+    run = mock.Mock(folder="run", history=[{}] * 2)
+    monkeypatch.setattr(train_ddp, "together", lambda work: work())
+    monkeypatch.setattr(train_ddp, "on_rank_0", lambda work: 3)
+    with pytest.raises(data.UserError, match="has 3 epochs on rank 0, but 2 elsewhere"):
+        train_ddp.load_everywhere(run)
+    run.load.assert_called_once_with()
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
@@ -1591,7 +1613,8 @@ def test_otherwise_linux_says_whether_the_cpu_has_bfloat16(text, expected, monke
     assert train_ddp.cpu_has_bfloat16() == expected
 
 
-def test_stale_rank_variables_are_said_and_can_be_interrupted(tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stale_rank_variables_are_said_and_can_be_interrupted(signal_number, tmp_path):
     """Without torchrun there is nobody to meet: the script says so before it waits."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -1600,9 +1623,9 @@ def test_stale_rank_variables_are_said_and_can_be_interrupted(tmp_path):
     command = ("train_ddp.py", *SMALL, "--run-dir", tmp_path / "run")
     process = run_python(*command, start=True, **stale)
     assert process.stdout.readline() == "rank 1 is waiting for the others at 127.0.0.1\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_number)
     process.communicate(timeout=240)
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -signal_number
     assert list(tmp_path.iterdir()) == []
 
 

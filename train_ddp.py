@@ -11,7 +11,7 @@ accuracy is 99.6 %. Open train_single.py beside it: the loop is the same, and wh
 change is imported. What distribution or mixed precision adds is marked with one of two words:
 
     DDP:  - The ranks (processes 0, 1, ...) join one process group.
-          - Each rank gets a device of its own, or its part of the CPU's threads.
+          - Each rank gets a GPU (shared if there are too few), or its part of the CPU's threads.
           - Rank 0 decides, writes and prints. The other ranks receive its decisions.
           - Each rank trains on, and validates, its own part of the images.
           - Gradients are averaged over ranks, once per optimizer step.
@@ -72,10 +72,10 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
     config = run.config
     epoch = len(run.history) + 1
     dataset.set_epoch(config["seed"], epoch)
-    # DDP: the sampler adds the epoch to the seed that we give it, which makes it
-    # epoch_seed(seed, epoch): the order is that of train_single.py. Rank r takes positions r, r + WORLD_SIZE, ... If the
-    # number of images is not divisible by WORLD_SIZE, the sampler repeats the first few, so
-    # that every rank takes the same number of steps.
+    # DDP: the sampler shuffles with its seed + the epoch. Its seed is epoch_seed(seed, 0), so
+    # the sum is epoch_seed(seed, epoch), and the order is that of train_single.py. Rank r takes
+    # positions r, r + WORLD_SIZE, ... If the number of images is not divisible by WORLD_SIZE,
+    # the sampler repeats the first few, so that every rank takes the same number of steps.
     sampler = DistributedSampler(dataset, WORLD_SIZE, RANK, seed=epoch_seed(config["seed"], 0))
     sampler.set_epoch(epoch)  # DDP: without this line every epoch has the same order
     loader = DataLoader(dataset, config["batch_size"], sampler=sampler, collate_fn=as_batch)
@@ -83,10 +83,10 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
     # optimizer step. Without BatchNorm, it is the step of a batch k times as large, but it
     # needs no more memory. The last group of an epoch may be smaller.
     batches_per_group = config["accumulation_steps"]
-    full_group = batches_per_group * config["batch_size"]  # images, on this rank
-    images_per_epoch = len(sampler)  # on this rank
+    images_per_group = batches_per_group * config["batch_size"]  # on this rank
+    images_of_rank = len(sampler)  # in the epoch
     device = dataset.labels.device
-    dtype = PRECISIONS[config["precision"]]  # AMP: of products
+    dtype = PRECISIONS[config["precision"]]  # AMP: the type of products
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     bar = progress(loader, f"epoch {epoch}/{config['epochs']}", hidden=RANK > 0)  # DDP: one bar
     ddp.train()
@@ -95,8 +95,8 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
         last_of_group = batch_number % batches_per_group == 0 or last_of_epoch
         # DDP: under no_sync, backward only adds to this rank's own gradients. The backward of
         # the group's last batch averages their sum over ranks: one exchange per group.
-        exchange = nullcontext() if last_of_group else ddp.no_sync()
-        with exchange:
+        sync_or_not = nullcontext() if last_of_group else ddp.no_sync()
+        with sync_or_not:
             # AMP: inside, products are computed in dtype
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 capsules = ddp(images)  # DDP: through ddp, which prepares the averaging
@@ -107,8 +107,8 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
             # The loss is the mean over one batch. We want the mean over the whole group, so
             # each batch counts in proportion to its images. Without the weight, the
             # gradient of a group of k batches would be k times too large.
-            images_in_earlier_groups = (batch_number - 1) // batches_per_group * full_group
-            images_in_group = min(full_group, images_per_epoch - images_in_earlier_groups)
+            images_in_earlier_groups = (batch_number - 1) // batches_per_group * images_per_group
+            images_in_group = min(images_per_group, images_of_rank - images_in_earlier_groups)
             weight = len(labels) / images_in_group
             run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
@@ -158,7 +158,7 @@ def join() -> dist.Store:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # The library that carries data between ranks: NCCL between GPUs, otherwise gloo. Ranks
     # that share a GPU need gloo, too, because NCCL refuses them.
-    gpu_each = 0 < LOCAL_WORLD_SIZE <= gpus
+    gpu_each = LOCAL_WORLD_SIZE <= gpus
     backend = "cpu:gloo,cuda:nccl" if gpu_each else "gloo"
     if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         print(f"rank {RANK} is waiting for the others at {os.environ['MASTER_ADDR']}", flush=True)
@@ -235,8 +235,8 @@ def on_rank_0(work):
 def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
     """What rank 0 decides for all ranks: the flags, the settings and the run's folder."""
     given = after_restart(given, launch_store)
-    script = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder = train_single.read_command(given, script)
+    of_script = {"script": "ddp", "world_size": WORLD_SIZE}
+    config, folder = train_single.read_command(given, of_script)
     if config["device"] not in ("cpu", "cuda"):
         hint = "each rank takes its own; give cpu or cuda"
         raise UserError(f"--device {config['device']}: {hint}")
@@ -270,10 +270,11 @@ def after_restart(given: dict, launch_store: dist.Store) -> dict:
 
 
 def pick_precision(wanted: str | None, on_cpu: bool) -> str:
-    """AMP: the precision that is wanted, or the default, with the reason printed.
+    """AMP: the precision that is wanted, or the default.
 
     The default is float16 on GPUs, bfloat16 on CPUs that have instructions for it, and
-    float32 on other CPUs. They emulate bfloat16, which takes about ten times as long.
+    float32 on other CPUs: they emulate bfloat16, which takes about ten times as long. On a
+    CPU, the reason is printed.
     """
     if not on_cpu:
         return wanted or "fp16"
@@ -314,9 +315,31 @@ def prepare_device(config: dict) -> torch.device:
 
 def prepare(config: dict, folder: Path) -> tuple[Run, DigitDataset, DigitDataset]:
     """Make the run and the datasets, as train_single.main does."""
-    device = prepare_device(config)  # DDP: this rank's own
+    device = prepare_device(config)  # DDP: this rank's
     train_set, validation_set = train_single.make_datasets(config, device)
     return Run(config, folder, device), train_set, validation_set
+
+
+def load_everywhere(run: Run) -> None:
+    """DDP: go back to last.pt on all ranks.
+
+    UserError if they do not find the same number of epochs. On several machines, a copy of
+    the folder may be old, because only rank 0 writes.
+    """
+    together(run.load)
+    done = on_rank_0(lambda: len(run.history))
+
+    def compare():
+        if len(run.history) != done:
+            text = f"{run.folder} has {done} epochs on rank 0, but {len(run.history)} elsewhere"
+            raise UserError(f"{text}: copy it from rank 0's machine")
+
+    together(compare)
+
+
+def save_and_print(run: Run) -> None:
+    run.save()
+    print(run.epoch_line(), flush=True)
 
 
 def wrap(run: Run) -> DistributedDataParallel:
@@ -342,18 +365,20 @@ def main() -> None:
     )
     flag("--accumulation-steps", "batches per optimizer step", type=count, metavar="N")
     flag("--sync-bn", "BatchNorm over the batches of all ranks; GPUs only", action="store_true")
-    flags = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
+    typed = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
     refuse_half_a_launch()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
     # DDP: meet, decide, prepare
     launch_store = join()
-    given, config, folder = on_rank_0(lambda: plan(flags, launch_store))
+    given, config, folder = on_rank_0(lambda: plan(typed, launch_store))
     run, train_set, validation_set = together(lambda: prepare(config, folder))
-    # DDP: rank 0 locks the folder first. Then nobody else writes while all ranks read it.
+    # DDP: rank 0 locks the folder. Then no other run writes last.pt while all ranks read it.
     on_rank_0(lambda: train_single.open_folder(run, given))
     if "resume" in given:
-        together(run.load)  # on several machines, each needs the folder
+        load_everywhere(run)
     on_rank_0(lambda: train_single.begin(run, train_set))
+    # DDP: rank 0 also says how to continue. If it waits in C++ for the other ranks, they end on
+    # the same Ctrl-C, which ends its waiting, and then Python calls stop.
     if RANK == 0:
         signal.signal(signal.SIGINT, lambda *_: stop(run))
     ddp = wrap(run)
@@ -363,11 +388,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         validated = validate(run.model, validation_set)
         run.finish_epoch(trained, validated, seconds)
-        on_rank_0(run.save)  # DDP: one rank writes
-        if RANK == 0:  # DDP: ... and prints
-            print(run.epoch_line(), flush=True)
-    if RANK == 0:
-        train_single.print_outro(run)
+        on_rank_0(lambda: save_and_print(run))  # DDP: one rank writes and prints
+    on_rank_0(lambda: train_single.print_outro(run))
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
 
 

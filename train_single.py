@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
@@ -53,7 +54,7 @@ SHOW_EVERY = 20  # steps between two updates of the loss in the progress bar
 
 
 def train_one_epoch(run: "Run", dataset: DigitDataset) -> Tensor:
-    """Train for one epoch. Returns 3 sums: loss x images, hits, images (see tally).
+    """Train for one epoch. Returns 3 sums: loss x count, hits, count (see tally).
 
     `run` (part 2) owns the model, its optimizer, the settings and the history, which
     has one row for each finished epoch.
@@ -107,9 +108,10 @@ def validate(model: nn.Module, dataset: DigitDataset, indices=None, hidden=False
 
 
 def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    """What a batch adds to the sums: [loss x images, hits, images], on the device.
+    """What a batch adds to the sums: [loss x count, hits, count], on the device.
 
-    `loss` is the mean over the batch, scores [B, J], labels [B]. A hit is an image
+    `loss` is the mean over the batch, count its number of images, scores [B, J] and
+    labels [B]. A hit is an image
     whose highest score is the true digit's. Nothing here waits for the device;
     loss.item() would, in every step.
     """
@@ -200,14 +202,14 @@ class Run:
 
         `trained` and `validated` are sums, see tally. Accuracies are in percent.
         """
-        train_loss, train_hits, train_images = read_sums(trained)
-        val_loss, val_hits, val_images = read_sums(validated)
+        train_loss_sum, train_hits, train_count = read_sums(trained)
+        val_loss_sum, val_hits, val_count = read_sums(validated)
         row = {
             "epoch": len(self.history) + 1,
-            "train_loss": round(train_loss / train_images, 6),
-            "train_accuracy": round(100 * train_hits / train_images, 3),
-            "val_loss": round(val_loss / val_images, 6),
-            "val_accuracy": round(100 * val_hits / val_images, 3),
+            "train_loss": round(train_loss_sum / train_count, 6),
+            "train_accuracy": round(100 * train_hits / train_count, 3),
+            "val_loss": round(val_loss_sum / val_count, 6),
+            "val_accuracy": round(100 * val_hits / val_count, 3),
             "lr": float(f"{self.scheduler.get_last_lr()[0]:.6g}"),  # 6 significant digits
             "seconds": round(seconds, 2),
         }
@@ -243,11 +245,11 @@ class Run:
             raise UserError(f"{file} is not a checkpoint of this network") from None
 
     def save(self) -> None:
-        """Write the run as it is after an epoch, or before the first one.
+        """Write the run as it is after an epoch, before the first one, or when it is resumed.
 
-        best.pt comes before last.pt: after a stop between the two, the epoch is repeated,
-        on the CPU with the same result. In the other order, the history in last.pt could
-        name a best epoch that best.pt does not hold.
+        last.pt comes first, because everything else follows from it. After a stop between
+        the files, best.pt lacks the best epoch and metrics.csv lacks a line: the resumed
+        run writes both again before it goes on.
         """
         self.lock.check()  # or we would write into somebody else's run
         # Only tensors and plain Python types: load_checkpoint accepts nothing else.
@@ -258,11 +260,11 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
+        write_file(self.folder / "last.pt", content)
         if self.history and self.best is self.history[-1]:
             write_file(self.folder / "best.pt", content)
-        write_file(self.folder / "last.pt", content)
         if not self.history:
-            # A new run has no best epoch yet, and last.pt is now its own. Remove what is
+            # last.pt now belongs to a new run, which has no best epoch yet. Remove what is
             # left of the run that it replaces.
             for name in ("best.pt", "report.json"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -340,25 +342,25 @@ def build_parser(description: str) -> "Parser":
     return parser
 
 
-def read_command(given: dict, script: dict) -> tuple[dict, Path]:
+def read_command(given: dict, of_script: dict) -> tuple[dict, Path]:
     """The flags that were given -> the settings of the run, and its folder.
 
-    `script` holds the settings that the script itself decides: its name and its number
+    `of_script` holds the settings that the script itself decides: its name and its number
     of processes.
     """
     if "resume" in given:
-        return resumed_settings(given, script), Path(given["resume"])
-    config = new_settings(given, script)
+        return resumed_settings(given, of_script), Path(given["resume"])
+    config = new_settings(given, of_script)
     return config, run_folder(given, config)
 
 
-def new_settings(given: dict, script: dict) -> dict:
+def new_settings(given: dict, of_script: dict) -> dict:
     """The settings of a new run: the defaults, except for what was given.
 
-    For a dataset "auto" and a device None, the ones that are used are recorded, so a
-    resumed run uses the same ones. MNIST may be downloaded here.
+    The dataset and the device that are really used are recorded, not "auto" or None, so
+    that a resumed run uses the same ones. MNIST may be downloaded here.
     """
-    config = DEFAULTS | only_settings(given) | script
+    config = DEFAULTS | only_settings(given) | of_script
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
     if config["dry_run"]:
@@ -375,7 +377,7 @@ def new_settings(given: dict, script: dict) -> dict:
     return config
 
 
-def resumed_settings(given: dict, script: dict) -> dict:
+def resumed_settings(given: dict, of_script: dict) -> dict:
     """The settings that a run began with, except for the few that may change.
 
     UserError if the run belongs to the other script or to another number of processes,
@@ -387,11 +389,11 @@ def resumed_settings(given: dict, script: dict) -> dict:
     if not (folder / "last.pt").exists():
         raise UserError(f"there is no run in {folder} (no last.pt)")
     recorded = load_checkpoint(folder / "last.pt")["config"]
-    if any(recorded.get(name) != value for name, value in script.items()):
+    if any(recorded.get(name) != value for name, value in of_script.items()):
         count = recorded.get("world_size")
         processes = "1 process" if count == 1 else f"{count} processes"
-        hint = f"train_{recorded.get('script')}.py with {processes}"
-        raise UserError(f"{folder} must be resumed by {hint}")
+        needed = f"train_{recorded.get('script')}.py with {processes}"
+        raise UserError(f"{folder} must be resumed by {needed}")
     if recorded.get("model") not in MODELS:
         raise UserError(f"{folder} belongs to another network, {recorded.get('model')}")
     config = DEFAULTS | recorded | only_settings(given)
@@ -446,18 +448,15 @@ def make_datasets(config: dict, device: torch.device) -> tuple[DigitDataset, Dig
 
 
 def open_folder(run: Run, given: dict) -> None:
-    """Lock the run's folder. Then load its run, or check that it holds none.
+    """Lock the run's folder. UserError if it holds a run that must not be replaced.
 
     Lock first, then look: if two runs start at the same moment, only one of them
     finds the folder empty.
     """
     run.lock = FolderLock(run.folder)
-    if "resume" in given:
-        run.load()
-        return
     usual_dry_run = run.config["dry_run"] and run.folder == DRY_RUN
-    may_replace = "overwrite" in given or usual_dry_run
-    if not may_replace and any((run.folder / name).exists() for name in RUN_FILES):
+    may_hold_a_run = "resume" in given or "overwrite" in given or usual_dry_run
+    if not may_hold_a_run and any((run.folder / name).exists() for name in RUN_FILES):
         hint = "--resume continues it, --overwrite replaces it, or give another --run-dir"
         raise UserError(f"{run.folder} holds a run: {hint}")
 
@@ -473,10 +472,10 @@ def begin(run: Run, train_set: DigitDataset) -> None:
     run.save()
     network = type(run.model).__name__
     note = NOTE[config["dataset"]]
-    where = f"on {config['hardware']}"
+    where = f" on {config['hardware']}"
     if config["world_size"] > 1:
-        where = f"in {config['world_size']} processes, each {where}"
-    print(f"{network} in {config['precision']} {where}{note}")
+        where = f", {config['world_size']} processes, each{where}"
+    print(f"{network} in {config['precision']}{where}{note}")
     print(
         f"{len(train_set):,} images of {config['dataset']}, "
         f"{config['effective_batch']} per step, learning rate {config['lr']:g}"
@@ -508,6 +507,8 @@ def main() -> None:
     train_set, validation_set = make_datasets(config, device)
     run = Run(config, folder, device)
     open_folder(run, given)
+    if "resume" in given:
+        run.load()
     begin(run, train_set)
     try:
         while len(run.history) < config["epochs"]:
@@ -537,16 +538,15 @@ class FolderLock:
     """A run folder belongs to one training run at a time, until its process ends.
 
     The kernel keeps the lock while the file .lock is open, so kill -9 releases it, too.
+    (A file system without locks would need a marker file, which kill -9 leaves behind.)
     UserError if another training run has the lock, or if the folder cannot be locked.
     """
 
     def __init__(self, folder: Path):
-        from filelock import FileLock, Timeout
-
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.file = folder / ".lock"
-        self.file_lock = FileLock(self.file)
+        self.file_lock = FileLock(self.file, fallback_to_soft=False)
         try:
             self.file_lock.acquire(blocking=False)
         except Timeout:
@@ -561,8 +561,8 @@ class FolderLock:
         """UserError if our folder was moved or removed.
 
         Another training run may have made a new folder of the same name, and we must not
-        write into that. (While our .lock is open, no other file has its inode number. So
-        a different number means a different folder.)
+        write into that. (While our .lock is open, no other file gets its inode number. So
+        the same number means that it is still our file.)
         """
         found = self.file.stat() if self.file.exists() else None
         if found is None or not os.path.samestat(found, self.file_identity):
@@ -602,17 +602,15 @@ def load_checkpoint(file: Path) -> dict:
 def load_saved(file: Path) -> dict:
     """A dictionary that torch.save wrote to a file. UserError if it cannot be read."""
     content = io.BytesIO(file.read_bytes())
-    whole = False
-    try:
+    saved = None
+    with suppress(Exception):  # a damaged file can raise anything
         # torch.load ignores the checksums of the zip file.
-        whole = zipfile.ZipFile(content).testzip() is None
-        content.seek(0)
-        # Unpickling can run arbitrary code. weights_only accepts only tensors and plain
-        # types.
-        saved = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - a damaged file can raise anything
-        whole = False
-    if not whole or not isinstance(saved, dict):
+        if zipfile.ZipFile(content).testzip() is None:
+            content.seek(0)
+            # Unpickling can run arbitrary code. weights_only accepts only tensors and
+            # plain types.
+            saved = torch.load(content, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
         raise UserError(f"{file} is damaged, or this version cannot read it")
     return saved
 
@@ -700,9 +698,9 @@ class Parser(argparse.ArgumentParser):
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel in every step.
 
-    Otherwise feature maps of 25 MB would be returned and mapped again, page by page, in
-    each step: the capsule layer would take almost twice as long (results/README.md, Speed).
-    On other systems this has no effect.
+    Otherwise large tensors (feature maps and votes, about 25 MB each) would be returned
+    and mapped again, page by page, in each step: a capsule layer would take almost twice
+    as long (results/README.md, Speed). On other systems this has no effect.
     """
     with suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")

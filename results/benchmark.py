@@ -367,7 +367,7 @@ PARTS = {
 
 
 def hardware(device: torch.device) -> str:
-    """On what it was measured: the processor's name and its cores, or the GPU's name."""
+    """The hardware that is measured: the processor's name and its cores, or the GPU's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # only Linux has it

@@ -4,8 +4,9 @@ The student report is the text that this repository reproduces (README.md, Sourc
 
 Train a network twice, with two seeds, and you get two test accuracies. So a difference
 of 0.1 points between two networks may be chance. That is why each figure that varies
-has a 95 % confidence interval here. Imagine repeating the measurement 100 times, with an interval
-from the new values each time: about 95 of these intervals would contain the true value.
+has a 95 % confidence interval here. Imagine repeating the measurement 100 times, with
+an interval from the new values each time: about 95 of these intervals would contain the
+true value.
 There are three kinds of interval, because three things can be repeated:
 
     over seeds    New initial weights, angles and orders of the images, but the same
@@ -302,30 +303,30 @@ def same_settings(settings: tuple[str, ...], a: dict | None, b: dict | None) -> 
 
 
 def network_pairs(rows: dict[str, dict], settings: tuple[str, ...]) -> list[tuple]:
-    """(way, AlexCapsNet's row, ResCapsNet's row) for each way to train both networks.
+    """(training, AlexCapsNet's row, ResCapsNet's row) for each training of both networks.
 
-    A way is a script on a device: "single", "single-cuda", "ddp", "ddp-cuda". Runs on a
-    CPU are compared only with runs on a CPU. A way is left out if the networks differ in
-    one of these settings.
+    A training is a script on a device: "single", "single-cuda", "ddp", "ddp-cuda". Runs
+    on a CPU are compared only with runs on a CPU. A training is left out if the networks
+    differ in one of these settings.
     """
     pairs = []
     for script in SCRIPTS:
         for device in DEVICES:
-            way = script + device
-            alex = rows.get(f"alexcaps-{way}")
-            res = rows.get(f"rescaps-{way}")
+            training = script + device
+            alex = rows.get(f"alexcaps-{training}")
+            res = rows.get(f"rescaps-{training}")
             if same_settings(settings, alex, res):
-                pairs.append((way, alex, res))
+                pairs.append((training, alex, res))
     return pairs
 
 
 def gaps_after_epoch_1(rows: dict[str, dict]) -> list[Estimate]:
     """Validation accuracy after one epoch, AlexCapsNet's minus ResCapsNet's."""
     gaps = []
-    for way, alex, res in network_pairs(rows, TRAINED_ALIKE):
+    for training, alex, res in network_pairs(rows, TRAINED_ALIKE):
         first = [run["history"][0]["val_accuracy"] for run in alex["runs"]]
         second = [run["history"][0]["val_accuracy"] for run in res["runs"]]
-        gaps.append(accuracy_difference(way, first, second, VALIDATION_IMAGES))
+        gaps.append(accuracy_difference(training, first, second, VALIDATION_IMAGES))
     return gaps
 
 
@@ -335,10 +336,10 @@ def gaps_at_the_end(rows: dict[str, dict]) -> list[Estimate]:
     (Each was tested with the weights of its best epoch.)
     """
     gaps = []
-    for way, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
+    for training, alex, res in network_pairs(rows, (*TRAINED_ALIKE, "epochs")):
         first = res["values"]["accuracy"]
         second = alex["values"]["accuracy"]
-        gaps.append(accuracy_difference(way, first, second, TEST_IMAGES))
+        gaps.append(accuracy_difference(training, first, second, TEST_IMAGES))
     return gaps
 
 
@@ -356,9 +357,9 @@ def time_ratios(scaling: list[dict], first: str, second: str) -> list[Estimate]:
     It is measured in float32 with one process ("one" in benchmark.py's rows), and in
     bfloat16 with two processes under DDP ("ddp").
     """
-    ways = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
+    contestants = [("fp32", "fp32", "one"), ("bf16, DDP", "bf16", "ddp")]
     ratios = []
-    for label, precision, contestant in ways:
+    for label, precision, contestant in contestants:
         speeds_1 = find_speeds(scaling, first, precision)
         speeds_2 = find_speeds(scaling, second, precision)
         if speeds_1 and speeds_2:
@@ -408,9 +409,9 @@ def gaps_under_ddp(rows: dict[str, dict]) -> list[Estimate]:
 def cost_ratios(rows: dict[str, dict], scaling: list[dict]) -> list[Estimate]:
     """FLOPs and times per image, ResCapsNet's over AlexCapsNet's."""
     ratios = []
-    pairs = network_pairs(rows, settings=())
+    pairs = network_pairs(rows, settings=("routing_iterations",))
     if pairs:
-        _, alex, res = pairs[0]  # any will do: FLOPs depend only on the network
+        _, alex, res = pairs[0]  # any will do: they have the same FLOPs
         flops = res["flops_per_image"] / alex["flops_per_image"]
         ratios.append(exact("FLOPs", flops))
     for estimate in time_ratios(scaling, "rescaps", "alexcaps"):

@@ -26,7 +26,7 @@ from rescaps import ResCapsNet
 
 
 class WithoutCapsules(nn.Module):
-    """Removes the capsules of the network that a class lists after it as its base.
+    """A mixin: PlainAlexNet(WithoutCapsules, AlexCapsNet) is AlexCapsNet without capsules.
 
     The convolutions, including that of the primary capsules, are the network's own and
     start with its own weights. ReLU replaces squash, and a linear layer replaces the

@@ -10,7 +10,8 @@ from the numbers of the true digit's capsule, with one probe for each digit clas
 
     slant    how far a digit leans to the right as it was written, in degrees
     stroke   how wide its strokes are, in pixels
-    turn     the digits are turned counter-clockwise by known angles, uniform in ±30 degrees
+    turn     the digits are turned by known angles, uniform in ±30 degrees; above 0 is
+             counter-clockwise
     right    the digits are moved by known distances, uniform in ±3 pixels
     down     the same, downwards
 
@@ -84,7 +85,10 @@ class View(NamedTuple):
 
 
 def make_views(images: Tensor) -> list[View]:
-    """The three versions of uint8 images [n, 28, 28]. Each call with n images is equal."""
+    """The three versions of uint8 images [n, 28, 28].
+
+    Every call with n images draws the same angles and shifts.
+    """
     generator = torch.Generator().manual_seed(1)
     uniform = 2 * torch.rand(3, len(images), generator=generator) - 1
     turn = GIVEN["turn"] * uniform[0]
@@ -401,8 +405,8 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
         slopes = torch.linalg.lstsq(x, y).solution  # [p, D]
         for pose, column, slope in zip(view.poses, poses.T, slopes, strict=True):
             values = knob_values(pose, column)
-            moves = values - values[STEPS]  # from the middle
-            moved = centre + moves.unsqueeze(1) * slope  # [7, D]
+            steps = values - values[STEPS]  # from the middle
+            moved = centre + steps.unsqueeze(1) * slope  # [7, D]
             drawn[pose] = (values, redraw(model, moved, digit))
     return drawn
 
@@ -417,10 +421,10 @@ def knob_values(pose: str, measured: Tensor) -> Tensor:
 
 def redraw(model, capsules: Tensor, digit: int) -> Tensor:
     """What the decoder draws from capsules [n, D] of a class: [n, 28, 28] in 0..1."""
-    digits = torch.full([len(capsules)], digit)
+    classes = torch.full([len(capsules)], digit)
     all_capsules = torch.zeros(len(capsules), 10, capsules.shape[1])  # [n, J, D]
     all_capsules[:, digit] = capsules
-    return evaluate.decode(model, all_capsules.to(evaluate.device_of(model)), digits)
+    return evaluate.decode(model, all_capsules.to(evaluate.device_of(model)), classes)
 
 
 def draw_knobs(drawn: dict, title: str, file: Path) -> None:

@@ -434,8 +434,8 @@ def target_folder(folder: Path, device: str) -> Path:
         return HERE / "ablation" / folder.name
     name = folder.name
     if device != "cpu" and "-cuda" not in name:
-        stem, dash, seed = name.partition("-seed")  # without a seed, both are empty
-        name = f"{stem}-cuda{dash}{seed}"
+        # Before the seed, if there is one. (count=1, or the empty end would match again.)
+        name = re.sub(r"(-seed\d+)?$", r"-cuda\1", name, count=1)
     return HERE / name
 
 
@@ -454,11 +454,13 @@ def keep(run: dict, target: Path) -> None:
     config = run["config"] | {"data_dir": "data"}
     text = json.dumps(config, indent=2) + "\n"
     write_file(target / "config.json", text.encode())
-    (target / "lengths.npy").unlink(missing_ok=True)  # of a run that this one replaces
     names = ["metrics.csv", "report.json"]
     is_drawn = config["seed"] == 0 and target.parent == HERE
     if is_drawn and (run["folder"] / "lengths.npy").exists():
         names.append("lengths.npy")  # 400 kB
+    else:  # remove those of a run that this one replaces
+        for file in (target / "lengths.npy", *target.glob("*.png")):
+            file.unlink(missing_ok=True)
     for name in names:
         write_file(target / name, (run["folder"] / name).read_bytes())
 

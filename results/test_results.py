@@ -447,8 +447,12 @@ def test_a_kept_run_has_no_lengths_of_the_run_before(empty_results, tmp_path):
     assert (kept / "lengths.npy").exists()
     run = run_to_keep(tmp_path / "b" / "alexcaps-single")
     (run["folder"] / "lengths.npy").unlink()
+    (kept / "roc.png").write_bytes(b"of the run before")
+    keep(evaluate.read_run(kept))  # a kept run that is kept again loses nothing
+    assert (kept / "lengths.npy").exists()
     keep(run)
     assert not (kept / "lengths.npy").exists()
+    assert not (kept / "roc.png").exists()
 
 
 def test_two_runs_of_one_name_are_refused(empty_results, tmp_path, monkeypatch):
