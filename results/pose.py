@@ -390,12 +390,11 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
     [7, 28, 28] in 0..1)}.
     """
     labels = torch.full([len(images)], digit)
-    views = make_views(images)
-    features, used = look(model, images, labels, views[0])  # the digits as written
+    seen = [(view, *look(model, images, labels, view)) for view in make_views(images)]
+    _, features, used = seen[0]  # the digits as written
     centre = features[CAPSULE][used].mean(dim=0)  # the mean capsule
     drawn = {}
-    for view in views:
-        features, used = look(model, images, labels, view)
+    for view, features, used in seen:
         capsules = features[CAPSULE][used]  # [n, D]
         poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
         # Regression of the capsule on all poses of the view at once: a slope says how
