@@ -547,10 +547,13 @@ def pack(path, most=None):
     path.unlink()
 
 
+def flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(flipped(path.read_bytes()))
 
 
 def test_mnist_is_read_and_split(raw, tmp_path):
@@ -2316,11 +2319,6 @@ class AnyCode:
 
     def __reduce__(self):
         return sys.exit, (7,)
-
-
-def flipped(content):
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 BAD_WEIGHTS = {
