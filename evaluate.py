@@ -1036,11 +1036,13 @@ def as_mnist(ink: np.ndarray) -> np.ndarray:
     scale = 20 / max(digit.size)  # MNIST's digits fit into 20x20
     size = [max(1, round(scale * length)) for length in digit.size]
     small = np.asarray(digit.resize(size, Image.Resampling.BILINEAR))
-    y, x = ndimage.center_of_mass(small)  # this point goes to the middle
-    canvas = Image.new("L", (28, 28))
-    pixels = (255 * small / small.max()).astype(np.uint8)
-    canvas.paste(Image.fromarray(pixels), (round(14 - x), round(14 - y)))
-    return np.array(canvas)
+    height, width = small.shape
+    y, x = ndimage.center_of_mass(small)  # this point goes to the middle,
+    top = np.clip(round(14 - y), 0, 28 - height)  # unless a row or a column
+    left = np.clip(round(14 - x), 0, 28 - width)  # would then be cut off
+    picture = np.zeros((28, 28), np.uint8)
+    picture[top : top + height, left : left + width] = 255 * small / small.max()
+    return picture
 
 
 def read_digit(file: Path) -> dict:

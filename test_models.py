@@ -2406,6 +2406,17 @@ def test_own_digits_become_mnists(tmp_path, reported):
     assert_one_line(evaluated(*command, image), "too long and thin")
 
 
+def test_no_part_of_an_own_digit_is_cut_off():
+    """MNIST centres the ink. A thick bar over a thin stem would end below the picture."""
+    seven = np.zeros((40, 24))
+    seven[:10] = 1
+    seven[:, -2:] = 1
+    for turns in range(4):  # the stem points down, right, up and left
+        digit = evaluate.as_mnist(np.rot90(seven, turns))
+        used = [np.ptp(indices) + 1 for indices in digit.nonzero()]
+        assert sorted(used) == [12, 20], turns
+
+
 TWO = [(250, 170), (280, 130), (340, 120), (375, 160), (360, 210), (240, 350), (385, 345)]
 BODY = [(270, 140), (262, 215), (330, 205), (375, 260), (350, 330), (245, 345)]  # of a 5
 LIGHT = {  # the share of the light that comes from pixel x, y of 640 by 480
