@@ -1330,7 +1330,7 @@ def read_run(folder: Path) -> dict:
     config = read_checked(folder / "config.json", parse_config)
     if config["model"] not in MODELS:
         text = f"{folder} belongs to another network, {config['model']}"
-        hint = "for a plain network, run python -m results.plain evaluate.py RUN"
+        hint = "for a plain network, write -m results.plain before the script's name"
         raise UserError(f"{text}: {hint}")
     history = read_checked(folder / "metrics.csv", parse_history)
     if not history:

@@ -395,7 +395,9 @@ def resumed_settings(given: dict, of_script: dict) -> dict:
         needed = f"train_{recorded.get('script')}.py with {processes}"
         raise UserError(f"{folder} must be resumed by {needed}")
     if recorded.get("model") not in MODELS:
-        raise UserError(f"{folder} belongs to another network, {recorded.get('model')}")
+        text = f"{folder} belongs to another network, {recorded.get('model')}"
+        hint = "for a plain network, write -m results.plain before the script's name"
+        raise UserError(f"{text}: {hint}")
     config = DEFAULTS | recorded | only_settings(given)
     config["device"] = str(find_device(config["device"]))
     return config

@@ -14,10 +14,11 @@ There are four parts:
     scaling    DDP on two CPU cores, each used as a device, compared with one process on
                one core
 
-It writes results/speed-cpu.json or speed-cuda.json; results.tables shows them. The
-machine must have nothing else to do. Contestants take turns, round after round, so a
-machine that slows down slows all of them alike. Figures are medians over the rounds;
-scaling keeps every round. The images are noise, because no speed here depends on what they show.
+It writes runs/speed/speed-cpu.json or speed-cuda.json. With `--out results` it replaces the
+kept figures, which results.tables shows. The machine must have nothing else to do.
+Contestants take turns, round after round, so a machine that slows down slows all of them
+alike. Figures are medians over the rounds; scaling keeps every round. The images are
+noise, because no speed here depends on what they show.
 """
 
 import argparse
@@ -58,11 +59,11 @@ def race(contestants: dict, rounds: int, device: torch.device) -> dict:
     the other contestants' data in the cache.
     """
     taken = {name: [] for name in contestants}
-    for turn in range(-1, rounds):  # the first warms up: compilation, first allocations
+    for number in range(-1, rounds):  # round -1 warms up: compilation, first allocations
         for name, work in contestants.items():
             for attempt in range(3):
                 ms = milliseconds(work, device)
-                if turn >= 0 and attempt > 0:
+                if number >= 0 and attempt > 0:
                     taken[name].append(ms)
     return {name: median(times) for name, times in taken.items()}
 
@@ -138,26 +139,27 @@ def formulations(batch_size: int, device, compiled: bool, n: int = N) -> dict:
         du, dw = torch.autograd.grad(v, (u, layer.weight), dv)
         return v, du, dw
 
-    found = {
+    contestants = {
         "tiled weights": run_tiled,
         "einsum": run_einsum,
         "ours": partial(run_layer, layer),
     }
     if compiled:
         fast = torch.compile(layer, dynamic=False)
-        found["ours, compiled"] = partial(run_layer, fast)
-    return found
+        contestants["ours, compiled"] = partial(run_layer, fast)
+    return contestants
 
 
-def check_same(found: dict) -> None:
+def check_same(contestants: dict) -> None:
     """Raise an error unless all formulations give the same capsules and gradients.
 
     They run in full float32: with TF32's 10 bits of mantissa they would differ by more
     than is allowed here.
     """
     torch.set_float32_matmul_precision("highest")
-    for work in found.values():
-        for ours, theirs in zip(found["ours"](), work(), strict=True):
+    expected = contestants["ours"]()
+    for work in contestants.values():
+        for ours, theirs in zip(expected, work(), strict=True):
             scale = ours.abs().max().item()
             torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * scale)
 
@@ -171,17 +173,17 @@ def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
     """
     batch_size = 2 if quick else 32
     rounds = 1 if quick else 12
-    # A GPU's memory is PyTorch's own.
+    # PyTorch never gives a GPU's memory back during training.
     ways = ("given back", "kept") if device.type == "cpu" else ("kept",)
     rows = []
     for freed in ways:
         if freed == "kept":
             train_single.keep_freed_memory()
-        found = formulations(batch_size, device, compiled=not quick)
-        check_same(found)
+        contestants = formulations(batch_size, device, compiled=not quick)
+        check_same(contestants)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as in training
-        for name, ms in race(found, rounds, device).items():
+        for name, ms in race(contestants, rounds, device).items():
             rows.append({"capsule layer": name, "freed memory": freed, "ms": ms})
     return rows
 
@@ -189,9 +191,9 @@ def capsule_rows(device: torch.device, quick: bool) -> list[dict]:
 # -- Steps: training both networks ---------------------------------------------------
 
 
-def new_run(model: str, precision: str, compiled: bool, device: torch.device) -> Run:
+def new_run(network: str, precision: str, compiled: bool, device: torch.device) -> Run:
     """A run at its start, as the training scripts make it. Nothing is written."""
-    settings = {"model": model, "precision": precision, "compile": compiled}
+    settings = {"model": network, "precision": precision, "compile": compiled}
     return Run(train_single.DEFAULTS | settings, Path("unused"), device)
 
 
@@ -225,15 +227,15 @@ def step_rows(device: torch.device, quick: bool) -> list[dict]:
     rounds = 1 if quick else 9
     kinds = list(itertools.product(("fp32", half), compilations))
     rows = []
-    for model, size in itertools.product(MODELS, sizes):
+    for network, size in itertools.product(MODELS, sizes):
         steps = {}
         for precision, compiled in kinds:
-            run = new_run(model, precision, compiled, device)
+            run = new_run(network, precision, compiled, device)
             steps[precision, compiled] = step_of(run, run.model, size)
         times = race(steps, rounds, device)
         for (precision, compiled), ms in times.items():
             row = {
-                "network": model,
+                "network": network,
                 "batch": size,
                 "precision": precision,
                 "compiled": compiled,
@@ -247,7 +249,7 @@ def step_rows(device: torch.device, quick: bool) -> list[dict]:
 # -- Data: from stored digits to network input ---------------------------------------
 
 
-def with_pil(images: Tensor, model) -> Tensor:
+def with_pil(images: Tensor, model, device: torch.device) -> Tensor:
     """The usual way: each image is rotated, resized and standardised on its own."""
     pipeline = transforms.Compose(
         [
@@ -258,7 +260,7 @@ def with_pil(images: Tensor, model) -> Tensor:
             transforms.Normalize(model.mean, model.std),
         ]
     )
-    return torch.stack([pipeline(image) for image in images])
+    return torch.stack([pipeline(image) for image in images]).to(device)
 
 
 def data_rows(device: torch.device, quick: bool) -> list[dict]:
@@ -267,14 +269,14 @@ def data_rows(device: torch.device, quick: bool) -> list[dict]:
     labels = torch.zeros(32, dtype=torch.long)
     rounds = 1 if quick else 15
     rows = []
-    for name, model in MODELS.items():
+    for network, model in MODELS.items():
         dataset = DigitDataset(images, labels, model, device, rotate=10)
         dataset.set_epoch(seed=0, epoch=1)
         contestants = {
-            "PIL, ms": partial(with_pil, images, model),
+            "PIL, ms": partial(with_pil, images, model, device),
             "ours, ms": partial(dataset.__getitems__, list(range(32))),
         }
-        rows.append({"network": name} | race(contestants, rounds, device))
+        rows.append({"network": network} | race(contestants, rounds, device))
     return rows
 
 
@@ -313,7 +315,8 @@ def measure_scaling(rank: int, cores: list[int], quick: bool, scratch: str) -> N
     """One of two processes, each with one thread on its own core.
 
     The contestants take turns; each step has 32 images per process. Rank 0 writes the
-    rows, which list images/s, round by round.
+    rows, which list images/s, round by round. (If the first two logical cores are two
+    threads of one core, "apart" is slow: its processes compete for that core.)
     """
     os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
@@ -330,12 +333,12 @@ def measure_scaling(rank: int, cores: list[int], quick: bool, scratch: str) -> N
         for name in contestants:
             row[name] = []
         races.append((row, contestants))
-    for turn in range(-1, rounds):  # the first warms up
+    for number in range(-1, rounds):  # round -1 warms up
         for row, contestants in races:
             for name, (step, processes) in contestants.items():
                 takes_part = rank < processes
                 seconds = seconds_of(step, steps if takes_part else 0)
-                if turn >= 0:
+                if number >= 0:
                     images = processes * steps * batch_size
                     row[name].append(images / seconds)
     if rank == 0:
@@ -387,7 +390,7 @@ def main() -> None:
     flag("--only", choices=PARTS, help="measure one part")
     flag("--device", help="cpu or cuda (default: the GPU if there is one)")
     flag("--quick", action="store_true", help="tiny sizes, uncompiled, to try it out")
-    flag("--out", type=Path, help="where to write (default: results/)")
+    flag("--out", type=Path, help="where to write (default: runs/speed)")
     flags = parser.parse_args()
     try:
         device = train_single.find_device(flags.device)
@@ -395,7 +398,7 @@ def main() -> None:
             train_single.check_compiler(device)
     except UserError as error:
         parser.error(str(error))
-    folder = flags.out or Path(__file__).parent
+    folder = flags.out or Path("runs/speed")
     file = folder / f"speed-{device.type}.json"
     is_written = flags.out or not flags.quick  # toy figures must not replace measured ones
     result = json.loads(file.read_text()) if is_written and file.exists() else {}

@@ -1,16 +1,18 @@
 """A baseline: each network's convolutions without capsules. Are capsules worth it?
 
     python -m results.plain train_single.py --model plain-alexcaps
-    python -m results.plain train_ddp.py --model plain-rescaps --seed 1
     python -m results.plain train_single.py --resume runs/plain-alexcaps-single
+    torchrun --nproc_per_node=2 -m results.plain train_ddp.py --model plain-rescaps
     python -m results.plain evaluate.py runs/plain-alexcaps-single
 
 The first three commands train with the scripts' own loop, data, seeds and flags. The
-last one writes report.json. Squash, votes, routing and margin loss are left out. A linear
-layer and cross-entropy take their place.
+last one writes report.json. The commands that the scripts print work here, too, with
+`-m results.plain` before the script's name.
+
+Squash, votes, routing and margin loss are left out. A linear layer and cross-entropy take
+their place.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -28,8 +30,8 @@ from rescaps import ResCapsNet
 class WithoutCapsules(nn.Module):
     """A mixin: PlainAlexNet(WithoutCapsules, AlexCapsNet) is AlexCapsNet without capsules.
 
-    The convolutions, including that of the primary capsules, are the network's own and
-    start with its own weights. ReLU replaces squash, and a linear layer replaces the
+    The convolutions, including that of the primary capsules, are those of the capsule
+    network. With the same seed they start with the same weights. ReLU replaces squash, and a linear layer replaces the
     digit capsules. [B, 1, side, side] -> ten scores, the logits [B, 10].
     """
 
@@ -39,7 +41,7 @@ class WithoutCapsules(nn.Module):
             raise UserError(f"--reconstruction: {reason}; leave it out")
         # In PlainAlexNet, the next class is AlexCapsNet: this builds it with its capsules.
         super().__init__(routing_iterations)
-        N, I, _ = self.digits.weight.shape  # one matrix for each primary capsule
+        N, I, _ = self.digits.weight.shape  # [N, I, J*D]
         self.digits = nn.Linear(N * I, 10)
 
     def hidden(self, images: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def write_report() -> None:
     images, labels = load(run["config"]["dataset"], run["config"]["data_dir"], "test")
     model = evaluate.load_network(run, train_single.find_device(None))
     report, _ = evaluate.measure(run, model, images, labels)
-    train_single.write_file(run["folder"] / "report.json", json.dumps(report).encode())
+    evaluate.write_json(run["folder"] / "report.json", report)
     print(f"test accuracy {report['accuracy']:.2f} %, {report['errors']} errors")
 
 

@@ -2,7 +2,7 @@
 
     bash results/pose.sh                      train nine networks, then probe them
     python -m results.pose runs/pose/*        probe runs that have their weights
-    python -m results.pose RUN --digit 7 --out runs/knobs    draw a 7 instead of a 4
+    python -m results.pose RUN --digit 7      draw a 7 instead of a 4
 
 A capsule's LENGTH says how sure the network is that its digit is there. Its DIRECTION
 should say in which pose. A probe measures that: linear regression predicts the pose
@@ -20,13 +20,12 @@ perfect, 0 is no better than the class mean. The probes are fitted on half of th
 test digits and evaluated on the other half. Only digits that the network recognises
 count. A plain CNN and the pixels are probed in the same way, for comparison.
 
-The measurements go to pose.json. The printed tables are made from it.
-knobs.png shows what the decoder redraws if the mean capsule of a class is moved in the
-direction that goes with each pose. It is drawn by the decoder with the best validation
-accuracy. Probing a run of AlexCapsNet takes about a minute on one CPU core.
+The measurements go to pose.json, from which results.tables makes the tables of both
+pages. knobs.png shows what a decoder redraws if the mean capsule of a class is moved in
+the direction that goes with each pose. The last of the given runs that has a decoder
+draws it. Probing a run of AlexCapsNet takes about a minute on one CPU core.
 """
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -43,10 +42,10 @@ from alexcaps import AlexCapsNet
 from data import UserError, images_to_input, load
 from results import plain
 from results.claims import of_mean, over_seeds
-from train_single import MODELS, find_device, run_main, write_file
+from train_single import MODELS, Parser, find_device, run_main, write_file
 
-HERE = Path(__file__).parent
-GIVEN = {"turn": 30.0, "right": 3.0, "down": 3.0}  # largest values: degrees, pixels
+# The poses that we choose instead of measuring them. Largest values: degrees, pixels
+CHOSEN = {"turn": 30.0, "right": 3.0, "down": 3.0}
 RIDGE = 1.0  # small compared with the 500 digits on which a probe is fitted
 COMPONENTS = 16  # as many as a digit capsule has numbers
 BATCH = 250  # images at a time
@@ -66,7 +65,7 @@ LENGTH = "length (1)"
 LOGITS = "logits (10)"
 HIDDEN = "hidden layer (16 PCs)"  # principal components
 PIXELS = "pixels (16 PCs)"
-UNTRAINED = ""  # how the pixels were "trained", in pose.json
+UNTRAINED = ""  # "training" of the pixels in pose.json: no network was trained
 
 # -- 1. Digits whose pose is known ----------------------------------------------------
 
@@ -91,9 +90,9 @@ def make_views(images: Tensor) -> list[View]:
     """
     generator = torch.Generator().manual_seed(1)
     uniform = 2 * torch.rand(3, len(images), generator=generator) - 1
-    turn = GIVEN["turn"] * uniform[0]
-    right = GIVEN["right"] * uniform[1]
-    down = GIVEN["down"] * uniform[2]
+    turn = CHOSEN["turn"] * uniform[0]
+    right = CHOSEN["right"] * uniform[1]
+    down = CHOSEN["down"] * uniform[2]
     shifts = torch.stack([right, down], dim=1)
     measured = {"slant": slant(images), "stroke": stroke_width(images)}
     return [
@@ -185,40 +184,40 @@ def look(model, images: Tensor, labels: Tensor, view: View) -> tuple[dict, Tenso
 
     Without a model (None) a probe sees the pixels, and all digits count as recognised.
     """
-    everything = torch.arange(len(labels))
+    indices = torch.arange(len(labels))
     if model is None:
         # AlexCapsNet sees the digits at their own size, 28x28.
-        pixels = view.inputs(images, everything, AlexCapsNet).flatten(1)
+        pixels = view.inputs(images, indices, AlexCapsNet).flatten(1)
         return {PIXELS: pixels}, torch.ones(len(labels), dtype=torch.bool)
     device = evaluate.device_of(model)
-    features = defaultdict(list)
+    pieces = defaultdict(list)  # of the features, batch by batch
     recognised = []
-    for chosen in everything.split(BATCH):
+    for chosen in indices.split(BATCH):
         x = view.inputs(images, chosen, model).to(device)
         digits = labels[chosen]
         if isinstance(model, plain.WithoutCapsules):
             hidden = model.hidden(x)
             scores = model.scores(model.digits(hidden)).cpu()
-            features[LOGITS].append(scores)
-            features[HIDDEN].append(hidden.cpu())
+            pieces[LOGITS].append(scores)
+            pieces[HIDDEN].append(hidden.cpu())
         else:
             capsules = model(x)  # [B, J, D]
             scores = model.scores(capsules).cpu()
             rows = torch.arange(len(digits))
             capsule = capsules.cpu()[rows, digits]  # [B, J, D] -> [B, D]
             length = scores[rows, digits].unsqueeze(1)  # [B, J] -> [B, 1]
-            features[LENGTH].append(length)
-            features[DIRECTION].append(capsule / length)
-            features[CAPSULE].append(capsule)
+            pieces[LENGTH].append(length)
+            pieces[DIRECTION].append(capsule / length)
+            pieces[CAPSULE].append(capsule)
         recognised.append(scores.argmax(dim=1) == digits)
-    features = {name: torch.cat(parts) for name, parts in features.items()}
+    features = {name: torch.cat(batches) for name, batches in pieces.items()}
     return features, torch.cat(recognised)
 
 
 def measure(name, model, images: Tensor, labels: Tensor) -> dict:
-    """Accuracy in percent and digits used for each view, R² for each feature and pose.
+    """For each view: accuracy in percent, digits used. For each feature and pose: R².
 
-    UserError, with the network's name, if it hardly recognises a class.
+    UserError, which begins with `name`, if a class has too few recognised digits.
     """
     # MNIST's test digits are not in random order, so the halves are drawn at random.
     # They are the same for all networks.
@@ -243,17 +242,20 @@ def measure(name, model, images: Tensor, labels: Tensor) -> dict:
 
 def identify(run: dict) -> dict:
     """Which network this is. Those with the same "training" can be compared."""
-    model = run["network"]
-    part = "capsules" if model.decoder is None else "capsules and decoder"
+    model = run["model"]
     if isinstance(model, plain.WithoutCapsules):
-        part = "plain CNN"
-    # What the networks of all three parts have in common if they were trained alike
+        kind = "plain CNN"
+    elif model.decoder is None:
+        kind = "capsules"
+    else:
+        kind = "capsules and decoder"
+    # Describe the training without the words that tell the three kinds apart.
     words = evaluate.settings_in_words(run)
     words["model"] = run["config"]["model"].removeprefix("plain-")
     words["reconstruction"] = ""
     return {
         "network": evaluate.describe(run),
-        "part": part,
+        "kind": kind,
         "training": evaluate.join(words.values()),
         "seed": run["config"]["seed"],
     }
@@ -268,17 +270,18 @@ def pool(measured: list[dict]) -> list[dict]:
     Instead of each R², an entry has a summary of all seeds.
     """
     groups = defaultdict(list)
-    for run in measured:
-        groups[run["network"]].append(run)
+    for found in measured:
+        groups[found["network"]].append(found)
     entries = []
     for group in groups.values():
-        entry = {name: group[0][name] for name in ("network", "part", "training")}
-        for name in ("seed", "accuracy", "digits"):
-            entry[name] = [run[name] for run in group]
+        entry = {name: group[0][name] for name in ("network", "kind", "training")}
+        entry["seeds"] = [found["seed"] for found in group]
+        entry["accuracy"] = [found["accuracy"] for found in group]
+        entry["digits"] = [found["digits"] for found in group]
         entry["r2"] = defaultdict(dict)
         for feature in group[0]["r2"]:
             for pose in POSES:
-                values = [run["r2"][feature][pose] for run in group]
+                values = [found["r2"][feature][pose] for found in group]
                 entry["r2"][feature][pose] = summary(values)
         entries.append(entry)
     return entries
@@ -304,13 +307,15 @@ def difference(first: dict, second: dict) -> dict:
 
 
 def trained_alike(probed: dict) -> dict:
-    """The networks that were trained alike, {part: entry}, and the pixels.
+    """The networks that were trained alike, {kind: entry}, and the pixels.
 
-    Only these can be compared. If there are several such groups, take the largest.
+    Only these can be compared. If there are several such groups, take the largest. If
+    several networks of a group are of one kind (decoders with different weights of their
+    loss, for example), take the first.
     """
     groups = defaultdict(dict)
     for entry in probed["networks"]:
-        groups[entry["training"]].setdefault(entry["part"], entry)
+        groups[entry["training"]].setdefault(entry["kind"], entry)
     pixels = groups.pop(UNTRAINED)
     return max(groups.values(), key=len) | pixels
 
@@ -319,16 +324,16 @@ def differences(probed: dict) -> dict:
     """Differences between networks that were trained alike: {title: {pose: difference}}."""
     entries = trained_alike(probed)
     by_title = {}
-    for part, other, feature in (
+    for kind, other, seen_of_other in (
         ("capsules", "plain CNN", LOGITS),
         ("capsules and decoder", "plain CNN", LOGITS),
         ("capsules and decoder", "plain CNN", HIDDEN),
         ("capsules and decoder", "capsules", DIRECTION),
     ):
-        if part in entries and other in entries:
-            first = entries[part]["r2"][DIRECTION]
-            second = entries[other]["r2"][feature]
-            title = f"{part}: {DIRECTION}, minus {other}: {feature}"
+        if kind in entries and other in entries:
+            first = entries[kind]["r2"][DIRECTION]
+            second = entries[other]["r2"][seen_of_other]
+            title = f"{kind}: {DIRECTION}, minus {other}: {seen_of_other}"
             by_title[title] = {pose: difference(first[pose], second[pose]) for pose in POSES}
     return by_title
 
@@ -351,7 +356,7 @@ def pose_table(probed: dict) -> str:
     for entry in probed["networks"]:
         for feature, r2 in entry["r2"].items():
             cells = [with_interval(r2[pose], ".2f") for pose in POSES]
-            lines.append([entry["network"], str(len(entry["seed"])), feature, *cells])
+            lines.append([entry["network"], str(len(entry["seeds"])), feature, *cells])
     return evaluate.markdown_table(["network", "n", "the probe sees", *POSES], lines)
 
 
@@ -361,12 +366,12 @@ def short_table(probed: dict) -> str:
     The whole capsule is left out: it says hardly more than its direction.
     """
     lines = []
-    for part, entry in trained_alike(probed).items():
+    for kind, entry in trained_alike(probed).items():
         for feature, r2 in entry["r2"].items():
             if feature == CAPSULE:
                 continue
             cells = [f"{r2[pose]['mean']:.2f}" for pose in POSES]
-            lines.append([part, feature, *cells])
+            lines.append([kind, feature, *cells])
     return evaluate.markdown_table(["network", "the probe sees", *POSES], lines)
 
 
@@ -390,15 +395,16 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
     [7, 28, 28] in 0..1)}.
     """
     labels = torch.full([len(images)], digit)
-    seen = [(view, *look(model, images, labels, view)) for view in make_views(images)]
-    _, features, used = seen[0]  # the digits as written
-    centre = features[CAPSULE][used].mean(dim=0)  # the mean capsule
+    centre = None  # the mean capsule of the digits as written, which are the first view
     drawn = {}
-    for view, features, used in seen:
+    for view in make_views(images):
+        features, used = look(model, images, labels, view)
         capsules = features[CAPSULE][used]  # [n, D]
+        if centre is None:
+            centre = capsules.mean(dim=0)
         poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
         # Regression of the capsule on all poses of the view at once: a slope says how
-        # the capsule changes with one pose if the other stays the same.
+        # the capsule changes with one pose if the view's other pose stays the same.
         x = poses - poses.mean(dim=0)
         y = capsules - capsules.mean(dim=0)
         slopes = torch.linalg.lstsq(x, y).solution  # [p, D]
@@ -413,8 +419,8 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
 def knob_values(pose: str, measured: Tensor) -> Tensor:
     """Seven evenly spaced values of a pose to draw; the digits' own values are `measured`."""
     steps = torch.arange(-STEPS, STEPS + 1) / STEPS  # -1..1
-    if pose in GIVEN:
-        return GIVEN[pose] * steps
+    if pose in CHOSEN:
+        return CHOSEN[pose] * steps
     return measured.mean() + 2 * measured.std() * steps
 
 
@@ -462,42 +468,41 @@ def read_runs(folders: list[Path]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(  # without usage, a mistake is answered by one line
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
+    parser.set_defaults(digit=4, data_dir=None, out=Path("runs/pose-probed"))
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run with weights")
-    flag("--digit", type=int, choices=range(10), default=4, help="the digit that knobs.png shows")
-    flag("--data-dir", metavar="DIR", help="holds MNIST/raw; without it, as in training")
-    flag("--out", type=Path, default=HERE, metavar="DIR", help="where to write")
+    digit_help = "the digit that knobs.png shows (default: 4)"
+    flag("--digit", type=int, choices=range(10), help=digit_help)
+    flag("--data-dir", metavar="DIR", help="holds MNIST/raw; default: the one used in training")
+    flag("--out", type=Path, metavar="DIR", help="default: runs/pose-probed")
     args = parser.parse_args()
     MODELS.update(plain.NETWORKS)
     runs = read_runs(args.runs)
     data_dir = args.data_dir or runs[0]["config"]["data_dir"]
     images, labels = load("mnist", data_dir, "test")
     for run in runs:
-        run["network"] = evaluate.load_network(run, find_device(None))
+        run["model"] = evaluate.load_network(run, find_device(None))
     args.out.mkdir(parents=True, exist_ok=True)
 
     nothing = "no network"
-    pixels = {"network": nothing, "part": nothing, "training": UNTRAINED, "seed": None}
+    pixels = {"network": nothing, "kind": nothing, "training": UNTRAINED, "seed": None}
     measured = [pixels | measure("the pixels", None, images, labels)]
     for run in runs:
-        found = measure(run["folder"], run["network"], images, labels)
-        print(f"{run['folder']}: accuracy in %: {found['accuracy']}", flush=True)
+        found = measure(run["folder"], run["model"], images, labels)
+        accuracies = [f"{value} % {view}" for view, value in found["accuracy"].items()]
+        print(f"{run['folder']}: {', '.join(accuracies)}", flush=True)
         measured.append(identify(run) | found)
-    probed = {"test_images": len(labels), "ridge": RIDGE, "networks": pool(measured)}
+    probed = {"networks": pool(measured)}
     write_file(args.out / "pose.json", f"{json.dumps(probed, indent=1)}\n".encode())
     print(f"\n{pose_table(probed)}\n{difference_table(probed)}\n")
 
-    decoders = [run for run in runs if run["network"].decoder is not None]
-    if decoders:
-        best = max(decoders, key=lambda run: run["best"]["val_accuracy"])
-        drawn = turn_knobs(best["network"], images[labels == args.digit], args.digit)
+    with_decoder = [run for run in runs if run["model"].decoder is not None]
+    if with_decoder:
+        run = with_decoder[-1]
+        drawn = turn_knobs(run["model"], images[labels == args.digit], args.digit)
         title = f"the mean capsule of a {args.digit}, moved along each pose and redrawn"
-        title = f"{evaluate.describe(best)}\n{title}"
+        title = f"{evaluate.describe(run)}\n{title}"
         draw_knobs(drawn, title, args.out / "knobs.png")
     print(f"written to {args.out}")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Three networks with seeds 0, 1, 2, on 20,000 digits for 3 epochs; then results/pose.py probes
-# what each of them knows of a digit's pose.
+# What does a network know of a digit's pose? Train three networks with seeds 0, 1, 2, on 20,000
+# digits for 3 epochs. Then let results/pose.py probe them, and write its results to results/.
 #
 #     bash results/pose.sh [FLAGS]              FLAGS: for training, such as --data-dir FOLDER
 #
 # It takes about an hour on 2 CPU cores. It may be stopped and started again at any time: finished
-# runs are kept, unfinished runs are resumed.
+# runs are skipped, unfinished runs are resumed.
 set -euo pipefail
 rows=("baseline" "decoder --reconstruction 20" "plain")
 for seed in 0 1 2; do
@@ -15,12 +15,17 @@ for seed in 0 1 2; do
         python="python" model="alexcaps"
         [ "$name" = plain ] && python="python -m results.plain" model="plain-alexcaps"
         if [ -e "$run/last.pt" ]; then
-            $python train_ddp.py --resume "$run"
+            $python train_ddp.py --resume "$run" # ends at once if the run is finished
         else
             $python train_ddp.py --model $model --dataset mnist --train-size 20000 --epochs 3 \
                 --seed $seed $flags --run-dir "$run" "$@"
         fi
     done
 done
-# The last one was trained for 20 epochs: it draws knobs.png.
-python -m results.pose runs/pose/* results/alexcaps-ddp-reconstruction
+# Networks of 20 epochs are probed, too. Only seed 0 has its weights in results/; it comes last, so
+# that it draws knobs.png. Seeds 1 and 2 were trained with
+#     torchrun --nproc_per_node=2 train_ddp.py --model alexcaps --reconstruction 20 --seed 1 \
+#         --run-dir runs/alexcaps-ddp-reconstruction-seed1
+shopt -s nullglob # without these two runs, the pattern stands for nothing
+python -m results.pose runs/pose/* runs/alexcaps-ddp-reconstruction-seed[12] \
+    results/alexcaps-ddp-reconstruction --out results

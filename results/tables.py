@@ -21,10 +21,10 @@ claims.py says how the report is judged. Read it first, then this file downwards
     5. pictures, and main
 """
 
-import argparse
 import json
 import math
 import re
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
 
@@ -44,7 +44,7 @@ from results.claims import (
     of_mean,
     report_claims,
 )
-from train_single import MODELS, run_main, write_file
+from train_single import MODELS, Parser, run_main, write_file
 
 HERE = Path(__file__).parent
 # The student report's own figures, not ours: test accuracy in percent, and epochs
@@ -109,9 +109,9 @@ def format_cell(cell) -> str:
 
 # -- 2. The tables -------------------------------------------------------------------
 
-# `kept` is {name of a run without its seed: row}. evaluate.make_row makes a row: settings,
-# the mean NAME of each metric and its deviation NAME_std, and, seed by seed, "runs" and
-# "values" (of each metric).
+# `kept` is {name of a run without -seedN: row}. evaluate.make_row makes a row. It holds the
+# settings, the mean NAME of each metric and its standard deviation NAME_std. "runs" is the
+# list of the runs, and "values" is {metric: its values, one for each run}.
 
 
 def headline(kept: dict[str, dict]) -> str:
@@ -171,11 +171,11 @@ def claim_figure(claim: Claim, estimate: Estimate) -> str:
 
 
 def bounds(claim: Claim) -> str:
-    """For example "from +0.10 to +2.00 points"."""
-    text = f"from {claim.at_least:{claim.form}}"
-    if claim.at_most < math.inf:
-        text += f" to {claim.at_most:{claim.form}}"
-    return text + claim.unit
+    """For example "+0.10 to +2.00 points" or "+0.00 points or more"."""
+    low = f"{claim.at_least:{claim.form}}"
+    if claim.at_most == math.inf:
+        return f"{low}{claim.unit} or more"
+    return f"{low} to {claim.at_most:{claim.form}}{claim.unit}"
 
 
 def claim_row(claim: Claim) -> dict:
@@ -212,12 +212,18 @@ def short_claim_table(claims: list[Claim]) -> str:
 
 
 def changed_flags(row: dict, base: dict) -> str:
-    """How a row's network and usual settings differ from the base's: "--rotate 0.0"."""
+    """How a row's settings differ from the base's: "--rotate 0.0"."""
     flags = []
-    for name in ("model", *evaluate.USUAL):
+    for name in ("model", *evaluate.USUAL, "epochs", "precision"):
         if row[name] != base[name]:
             flags.append(f"--{name.replace('_', '-')} {row[name]}")
     return " ".join(flags)
+
+
+def natural_order(name: str) -> list:
+    """A key for sort that puts batch-64 before batch-256: it compares numbers as numbers."""
+    pieces = re.split(r"(\d+)", name)  # text, digits, text, digits, ..., text
+    return [int(piece) if piece.isdigit() else piece for piece in pieces]
 
 
 def baseline_first(kept: dict[str, dict]) -> list[dict]:
@@ -225,7 +231,7 @@ def baseline_first(kept: dict[str, dict]) -> list[dict]:
     if "baseline" not in kept:
         return []
     others = [name for name in kept if name != "baseline"]
-    others.sort(key=lambda name: (len(name), name))  # batch-64 before batch-256
+    others.sort(key=natural_order)
     return [kept[name] for name in ("baseline", *others)]
 
 
@@ -302,14 +308,17 @@ def speed_text(speed: dict) -> str:
     return text
 
 
-def first_epoch_with(accuracy: float, run: dict) -> int:
-    """The first epoch that reaches this validation accuracy, in percent."""
-    return min(e["epoch"] for e in run["history"] if e["val_accuracy"] >= accuracy)
+def first_epoch_with(accuracy: float, run: dict) -> int | None:
+    """The first epoch that reaches this validation accuracy, in percent. None: no epoch."""
+    for row in run["history"]:
+        if row["val_accuracy"] >= accuracy:
+            return row["epoch"]
+    return None
 
 
 def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
     """How long the report's code and ours take to reach an accuracy."""
-    milliseconds = {}  # {part: per step of our code}
+    milliseconds = {}  # {part of the table: milliseconds per step of our code in float32}
     for row in report_code["rows"]:
         if row["code"] == "ours" and row["setting"] == "fp32":
             milliseconds[row["part"]] = row["ms"]
@@ -319,6 +328,8 @@ def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
             continue
         runs = kept[row["ours"]]["runs"]
         epochs = [first_epoch_with(row["accuracy, %"], run) for run in runs]
+        if None in epochs:
+            continue
         seconds_a_step = milliseconds[f"{row['network']}, step with its data"] / 1000
         seconds_an_epoch = seconds_a_step * 55_000 / 32  # images / batch = steps
         seconds = mean(epochs) * seconds_an_epoch
@@ -383,21 +394,26 @@ def fill(page: Path, tables: dict[str, str]) -> str:
 # -- 4. Keeping runs, and reading what is kept ---------------------------------------
 
 
-def kept_rows(folder: Path) -> dict[str, dict]:
+def kept_rows(folder: Path, new: dict[Path, dict] | None = None) -> dict[str, dict]:
     """The runs kept in a folder -> {name without -seedN: row of evaluate.make_rows}.
 
-    UserError if the seeds of one name differ in anything else.
+    `new`, {target: run}, are runs that are about to be kept. UserError if runs of one name
+    differ in a setting other than the seed.
     """
-    groups = {}
-    for path in sorted(folder.glob("*/config.json")):
-        name = re.sub(r"-seed\d+$", "", path.parent.name)
-        groups.setdefault(name, []).append(evaluate.read_run(path.parent))
+    runs = {file.parent: evaluate.read_run(file.parent) for file in folder.glob("*/config.json")}
+    for target, run in (new or {}).items():
+        if target.parent == folder:
+            runs[target] = run
+    groups = defaultdict(list)
+    for target in sorted(runs):
+        name = re.sub(r"-seed\d+$", "", target.name)
+        groups[name].append(runs[target])
     kept = {}
-    for name, runs in groups.items():
-        rows = evaluate.make_rows(runs)
+    for name, group in groups.items():
+        rows = evaluate.make_rows(group)
         if len(rows) > 1:
-            hint = "delete the wrong ones"
-            raise UserError(f"{folder / name}: its seeds differ in settings: {hint}")
+            hint = "rename the run that should not be among them"
+            raise UserError(f"runs of the name {name} differ in settings: {hint}")
         kept[name] = rows[0]
     return kept
 
@@ -406,14 +422,15 @@ def place(run: dict, overwrite: bool) -> Path:
     """The folder in which a run will be kept. UserError if it may not be kept."""
     folder = run["folder"].absolute()
     if not re.fullmatch(r"\w[\w.-]*", folder.name) or folder.name == "ablation":
-        hint = "give its folder a name of letters, digits, dots and hyphens"
+        hint = "use letters, digits, dots and hyphens, but not 'ablation'"
         raise UserError(f"{str(folder)!r} cannot be kept under its name: {hint}")
     config = run["config"]
-    finished = len(run["history"]) == config["epochs"]
-    if config["dataset"] != "mnist" or not finished or not run["report"]:
-        reason = "not an MNIST run, not finished, or not evaluated"
-        hint = "finish it, then run evaluate.py on it"
-        raise UserError(f"{folder} is {reason}: {hint}")
+    if config["dataset"] != "mnist":
+        raise UserError(f"{folder} was not trained on MNIST: train with --dataset mnist")
+    if len(run["history"]) < config["epochs"]:
+        raise UserError(f"{folder} is not finished: resume it")
+    if not run["report"]:
+        raise UserError(f"{folder} has no report: run evaluate.py on it")
     target = target_folder(folder, config["device"])
     if (target / "config.json").exists() and not overwrite:
         before = evaluate.read_run(target)["config"]
@@ -434,15 +451,17 @@ def target_folder(folder: Path, device: str) -> Path:
         return HERE / "ablation" / folder.name
     name = folder.name
     if device != "cpu" and "-cuda" not in name:
-        # Before the seed, if there is one. (count=1, or the empty end would match again.)
+        # It goes before the seed, if there is one. (Without count=1, the empty string at
+        # the end would be replaced, too: NAME-cuda-seed1-cuda.)
         name = re.sub(r"(-seed\d+)?$", r"-cuda\1", name, count=1)
     return HERE / name
 
 
 def keep(run: dict, target: Path) -> None:
-    """Copy the files of a run that are kept, without the path of its data.
+    """Copy to `target` the files of a run that results/ keeps.
 
-    UserError, before anything is written, if it is DECODER and has no weights.
+    config.json then says "data" for data_dir, so that it names no path of this machine.
+    UserError, before anything is written, if the run is DECODER and has no weights.
     """
     weights = None
     if target == HERE / DECODER:
@@ -458,7 +477,7 @@ def keep(run: dict, target: Path) -> None:
     is_drawn = config["seed"] == 0 and target.parent == HERE
     if is_drawn and (run["folder"] / "lengths.npy").exists():
         names.append("lengths.npy")  # 400 kB
-    else:  # remove those of a run that this one replaces
+    else:  # a run that was here before may have left these
         for file in (target / "lengths.npy", *target.glob("*.png")):
             file.unlink(missing_ok=True)
     for name in names:
@@ -486,24 +505,25 @@ def draw(kept: dict[str, dict], images: Tensor, labels: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # so that a mistake is one line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
+    parser.set_defaults(runs=[], overwrite=False, data_dir="data")
     flag = parser.add_argument
     flag("runs", nargs="*", type=Path, metavar="RUN", help="a run to add to results/ first")
     flag("--overwrite", action="store_true", help="replace kept runs even if they are longer")
-    flag("--data-dir", default="data", help="holds MNIST/raw, for the pictures")
-    flags = parser.parse_args()
+    flag("--data-dir", help="holds MNIST/raw, for the pictures (default: data)")
+    args = parser.parse_args()
     MODELS.update(plain.NETWORKS)  # their runs are kept, too
-    # Every run is checked before anything is written.
-    images, labels = load("mnist", flags.data_dir, "test")
-    runs = [evaluate.read_run(folder) for folder in flags.runs]
-    targets = [place(run, flags.overwrite) for run in runs]
-    if len(set(targets)) < len(targets):
-        raise UserError("two of these runs have the same name: keep one of them")
-    for run, target in zip(runs, targets, strict=True):
+    images, labels = load("mnist", args.data_dir, "test")
+    new = {}  # {target: run}. They are checked, together, before anything is written.
+    for folder in args.runs:
+        run = evaluate.read_run(folder)
+        target = place(run, args.overwrite)
+        if target in new:
+            raise UserError("two of these runs have the same name: keep one of them")
+        new[target] = run
+    for folder in (HERE, HERE / "ablation"):
+        kept_rows(folder, new)
+    for target, run in new.items():
         keep(run, target)
     kept = kept_rows(HERE)
     for page, text in pages(kept).items():
