@@ -35,13 +35,11 @@ from torch import Tensor, nn
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert half precision to float32; leave float32 and float64 as they are.
 
-    Mixed precision may compute the votes in 16 bits, but not what follows. float16
-    overflows when it squares 256. bfloat16 keeps 8 significant bits, which is too few
-    to tell nearly equal lengths apart.
+    It matters only in mixed precision (lesson 3), which may compute the votes in 16 bits.
+    What follows needs more: float16 overflows when it squares 256, and bfloat16 keeps 8
+    significant bits, too few to tell nearly equal lengths apart.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return x.float()
-    return x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def squash(s: Tensor) -> Tensor:
@@ -69,18 +67,16 @@ def capsule_lengths(v: Tensor) -> Tensor:
 # -- From votes to digit capsules -----------------------------------------------------
 
 
-def dynamic_routing(
-    votes: Tensor, iterations: int = 3, return_couplings: bool = False
-) -> Tensor | tuple[Tensor, list[Tensor]]:
-    """Routing by agreement: votes [B, J, N, D] -> digit capsules [B, J, D].
+def dynamic_routing(votes: Tensor, iterations: int = 3) -> tuple[Tensor, list[Tensor]]:
+    """Routing by agreement: votes [B, J, N, D] -> digit capsules v [B, J, D].
 
     [S17] procedure 1. votes[:, j, i] is u^_j|i: what primary capsule i says that digit
     capsule j should be (DigitCapsules makes the votes). A vote that agrees with the
     current v_j counts more in the next iteration.
 
-    With return_couplings the function also returns the coupling coefficients c of
-    every iteration, each [B, J, N]. Gradients flow through all iterations. Each image
-    is routed on its own: no sum below runs over B.
+    The function also returns the coupling coefficients c of every iteration, each
+    [B, J, N]. Gradients flow through all iterations. Each image is routed on its own: no
+    sum below runs over B.
 
     The layout [B, J, N, D] makes this fast: the sum over i (for s_j) and the sum over D
     (for the agreement) both read memory in order. The sum over i is a batched matrix
@@ -96,7 +92,7 @@ def dynamic_routing(
     v = squash(votes.sum(dim=2) / J)  # [B, J, N, D] -> [B, J, D]
     couplings = [votes.new_full((B, J, N), 1 / J)]
     b = votes.new_zeros(B, J, N)
-    for _ in range(iterations - 1):
+    for _ in range(iterations - 1):  # iterations 2, 3, ...
         #   b_ij = b_ij + u^_j|i . v_j                              [S17] procedure 1
         # The dot product has only D = 16 terms: multiplying and summing is faster here
         # than a matrix product, especially in the backward pass.
@@ -111,9 +107,7 @@ def dynamic_routing(
         s = (c.unsqueeze(2) @ votes).squeeze(2)
         v = squash(s)
         couplings.append(c)
-    if return_couplings:
-        return v, couplings
-    return v
+    return v, couplings
 
 
 # -- The two capsule layers -----------------------------------------------------------
@@ -167,18 +161,29 @@ class DigitCapsules(nn.Module):
         # must first be pushed down.
         nn.init.normal_(self.weight, std=J / (5 * math.sqrt(D * N)))
 
-    def forward(self, u: Tensor, return_couplings: bool = False):
+    def forward(self, u: Tensor) -> Tensor:
+        v, _ = self.route(u)
+        return v
+
+    def route(self, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Digit capsules [B, J, D], and the couplings of each iteration of routing."""
+        votes = self.votes(u)
+        # In mixed precision (lesson 3), autocast would compute the matrix products of
+        # routing in 16 bits. Here it is switched off.
+        with torch.autocast(votes.device.type, enabled=False):
+            return dynamic_routing(votes, self.iterations)
+
+    def votes(self, u: Tensor) -> Tensor:
+        """Primary capsules [B, N, I] -> votes [B, J, N, D]."""
         #   u^_j|i = W_ij u_i                                             [S17] eq. 2
         # as a batch of N matrix products, [B, I] @ [I, J*D]. W is not copied. Many
         # implementations copy it once per image: 0.7 MB in AlexCapsNet, 6.6 MB in
-        # ResCapsNet. (squash returned float32, but a network may be in 16 bits.)
-        u = u.transpose(0, 1).to(self.weight.dtype)  # [B, N, I] -> [N, B, I]
-        votes = torch.bmm(u, self.weight)  # [N, B, J*D]
+        # ResCapsNet.
+        u = u.transpose(0, 1)  # [B, N, I] -> [N, B, I]
+        # squash returned float32. The weights are in 16 bits after model.half().
+        votes = torch.bmm(u.to(self.weight.dtype), self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
-        votes = votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
-        # Autocast would compute the matrix products of routing in 16 bits, so it is off.
-        with torch.autocast(votes.device.type, enabled=False):
-            return dynamic_routing(votes, self.iterations, return_couplings)
+        return votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
 
 
 # -- What the network is trained for --------------------------------------------------
@@ -259,11 +264,11 @@ def initialise_convolutions(model: nn.Module) -> None:
 class CapsuleNetwork(nn.Module):
     """Images [B, 1, side, side], standardised -> digit capsules [B, J, D].
 
-    A subclass says which input it wants (side, mean, std), where its primary capsules
-    sit (map_side, place_stride: for evaluate.py's pictures of routing), and builds three
-    parts: `features`, the convolutions;
-    `primary`, a PrimaryCapsules; and `digits`, a DigitCapsules. `reconstruction` is the
-    weight of the decoder's loss; at 0 there is no decoder.
+    A subclass builds three parts: `features`, the convolutions; `primary`, a
+    PrimaryCapsules; and `digits`, a DigitCapsules. It also says which input it wants
+    (side, mean, std) and, for evaluate.py's pictures of routing, where its primary
+    capsules sit (map_side, place_stride). `reconstruction` is the weight of the decoder's
+    loss; at 0 there is no decoder.
     """
 
     side: int  # pixels
@@ -286,10 +291,10 @@ class CapsuleNetwork(nn.Module):
             # with and without a decoder.
             self.decoder = Decoder(digits.J, digits.D)
 
-    def forward(self, images: Tensor, return_couplings: bool = False):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.features(images)  # [B, 1, side, side] -> [B, C, H, W]
         u = self.primary(x)  # -> [B, N, I]
-        return self.digits(u, return_couplings)  # -> [B, J, D]
+        return self.digits(u)  # -> [B, J, D]
 
     def scores(self, capsules: Tensor) -> Tensor:
         """Class scores [B, J]: the lengths of the capsules. The longest is the answer.

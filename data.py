@@ -46,15 +46,15 @@ class UserError(Exception):
 # -- Finding the data --------------------------------------------------------------
 
 
-def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
+def read_mnist(data_dir: str | Path, file_name: str) -> bytes | None:
     """The content of one MNIST file, unpacked. None if it is missing.
 
     UserError if it is not a file of MNIST. The file is read once: the bytes that are checked
     are the bytes that are returned.
     """
-    path = Path(data_dir) / "MNIST" / "raw" / name
+    path = Path(data_dir) / "MNIST" / "raw" / file_name
     if not path.exists():
-        path = path.with_name(f"{name}.gz")
+        path = path.with_name(f"{file_name}.gz")
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -63,7 +63,7 @@ def read_mnist(data_dir: str | Path, name: str) -> bytes | None:
         return None
     except (gzip.BadGzipFile, EOFError, zlib.error):
         content = b""  # half a file: its checksum is wrong as well
-    if md5(content) != MNIST_MD5[name]:
+    if md5(content) != MNIST_MD5[file_name]:
         hint = "move it elsewhere, or give another --data-dir"
         raise UserError(f"{path} is not a file of MNIST (or it is damaged): {hint}")
     return content
@@ -91,8 +91,11 @@ def download_mnist(data_dir: str | Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         scratch = raw / f".{name}.{os.getpid()}.tmp"  # another process may download, too
-        scratch.write_bytes(content)
-        os.replace(scratch, raw / name)
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, raw / name)
+        finally:
+            scratch.unlink(missing_ok=True)  # if the disk is full, a part of it is there
 
 
 def download_from_mirrors(mirrors: list[str], name: str, checksum: str, deadline: float) -> bytes:
@@ -149,13 +152,13 @@ def resolve_dataset(choice: str, data_dir: str | Path) -> tuple[str, str]:
     return "mnist", ""
 
 
-def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
+def load(dataset: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
     """Images uint8 [n, 28, 28] and labels int64 [n] of "train", "validation" or "test".
 
     Training never loads the test part.
     """
     is_test = part == "test"
-    if name == "mnist":
+    if dataset == "mnist":
         images, labels = load_mnist(data_dir, is_test)
     else:
         images, labels = load_digits(is_test)
@@ -163,7 +166,7 @@ def load(name: str, data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
         return images, labels
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(len(labels), generator=generator)
-    held_out = VALIDATION_SIZE[name]
+    held_out = VALIDATION_SIZE[dataset]
     chosen = order[:held_out] if part == "validation" else order[held_out:]
     return images[chosen], labels[chosen]
 
@@ -232,8 +235,8 @@ def sampling_grid(
 ) -> Tensor:
     """Where each pixel of the output comes from in images [B, 1, 28, 28].
 
-    Returns [B, side, side, 2]. Coordinates run from -1 to 1 across the picture, so a pixel
-    is 2 / 28 wide.
+    Returns [B, side, side, 2], which grid_sample looks up. Coordinates run from -1 to 1
+    across the picture, so a pixel is 2 / 28 wide.
     """
     B = len(images)
     pixel = 2 / images.shape[-1]
@@ -251,8 +254,10 @@ def sampling_grid(
     #
     # The y axis points down. So the right edge (1, 0) shows what was below it, at (cos, sin):
     # the content moved up, and the picture turned counter-clockwise.
-    entries = [cos, -sin, -right, sin, cos, -down]  # 6 times [B]
-    matrix = torch.stack(entries, dim=1).view(B, 2, 3)
+    first_row = torch.stack([cos, -sin, -right], dim=1)  # [B, 3]
+    second_row = torch.stack([sin, cos, -down], dim=1)
+    matrix = torch.stack([first_row, second_row], dim=1)  # [B, 2, 3]
+    # affine_grid applies the matrix to each place (x, y, 1) of the output.
     return F.affine_grid(matrix, [B, 1, side, side], align_corners=False)
 
 
@@ -292,7 +297,7 @@ class DigitDataset(Dataset):
         uniform = 2 * torch.rand(3, len(self.labels), generator=generator) - 1  # in -1..1
         device = self.labels.device
         self.degrees = (uniform[0] * self.rotate).to(device)
-        self.shifts = (uniform[1:].T * self.shift).to(device)
+        self.shifts = (uniform[1:].T * self.shift).to(device)  # [2, n] -> [n, 2]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -300,13 +305,15 @@ class DigitDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A DataLoader calls this once per batch, instead of __getitem__ once per image."""
         device = self.labels.device
-        # A copy from pinned memory to a GPU does not make the CPU wait
+        # Pinned memory is memory that a GPU reads by itself: the CPU need not wait.
         chosen = torch.tensor(indices, pin_memory=device.type == "cuda")
         chosen = chosen.to(device, non_blocking=True)
         images = self.images[chosen]
         labels = self.labels[chosen]
-        if self.degrees is None:
+        if self.rotate == 0 and self.shift == 0:
             return images_to_input(images, self.model), labels
+        if self.degrees is None:
+            raise RuntimeError("call set_epoch before the first batch of each epoch")
         degrees = self.degrees[chosen]
         shifts = self.shifts[chosen]
         return images_to_input(images, self.model, degrees, shifts), labels

@@ -163,7 +163,8 @@ def all_couplings(model, images: Tensor) -> Tensor:
     batches = []
     for batch in images.to(device_of(model)).split(BATCH):
         inputs = images_to_input(batch, model)
-        _, couplings = model(inputs, return_couplings=True)  # T times [B, J, N]
+        u = model.primary(model.features(inputs))
+        _, couplings = model.digits.route(u)  # T times [B, J, N]
         batches.append(torch.stack(couplings).cpu())
     return torch.cat(batches, dim=1)
 
@@ -268,7 +269,7 @@ def describe(run: dict) -> str:
 
     Two runs have the same description if they differ only in their seed (or machine).
     """
-    return join(settings_in_words(run).values())
+    return join_words(settings_in_words(run).values())
 
 
 def settings_in_words(run: dict) -> dict[str, str]:
@@ -308,7 +309,7 @@ def epochs_in_words(run: dict) -> str:
     return text
 
 
-def join(words) -> str:
+def join_words(words) -> str:
     """Words with commas between them; empty ones are left out."""
     return ", ".join(word for word in words if word)
 
@@ -328,18 +329,23 @@ def make_rows(runs: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (row["model"], row["world_size"]))
 
 
-def make_row(name: str, group: list[dict]) -> dict:
-    """A row of comparison.csv, from runs that differ only in their seed.
-
-    For each metric, NAME holds the mean, and NAME_std the standard deviation (None for
-    one run). "runs" holds the runs, and "values" their metrics: neither is written.
-    """
+def refuse_repeated_seeds(group: list[dict]) -> None:
+    """UserError if two of these runs, which have the same settings, have the same seed."""
     seeds = set()
     for run in group:
         if run["config"]["seed"] in seeds:
             text = "has the same settings and seed as another run: leave one out"
             raise UserError(f"{run['folder']} {text}")
         seeds.add(run["config"]["seed"])
+
+
+def make_row(name: str, group: list[dict]) -> dict:
+    """A row of comparison.csv, from runs that differ only in their seed.
+
+    For each metric, NAME holds the mean, and NAME_std the standard deviation (None for
+    one run). "runs" holds the runs, and "values" their metrics: neither is written.
+    """
+    refuse_repeated_seeds(group)
     row = {"name": name, "n": len(group), "runs": group}
     for setting in (*FIRST_COLUMNS, *USUAL):
         row[setting] = group[0]["config"][setting]
@@ -396,7 +402,7 @@ def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
     names = []
     for row, description in zip(rows, descriptions, strict=True):
         own = [words for setting, words in description.items() if setting not in common]
-        name = join(own)
+        name = join_words(own)
         if not name:  # only the other rows have unusual settings
             name = f"usual settings, {row['hardware']}"
         names.append(name)
@@ -427,7 +433,7 @@ def comparison_text(rows: list[dict]) -> str:
         low, high = wilson(row["accuracy"] / 100 * n, n)
         interval = f"{low:.2f}-{high:.2f}"
         lines.append([name, str(row["n"]), accuracy, interval, f"{row['seconds']:.1f}"])
-    title = join([rows[0]["dataset"], *common])
+    title = join_words([rows[0]["dataset"], *common])
     return (
         f"Accuracy on {n:,} test images: {title}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
@@ -525,6 +531,18 @@ def draw_confusion(report: dict) -> tuple:
     return figure, f"{report['errors']} errors (coloured) in {n:,} test digits"
 
 
+def roc_curves(lengths: np.ndarray, labels: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """The true positive rates of all digits at these false positive rates: [10, rates]."""
+    curves = []
+    for digit in range(10):
+        is_digit = labels == digit
+        false_rates, true_rates, _ = metrics.roc_curve(is_digit, lengths[:, digit])
+        # The curve is a staircase: at each rate, take the last step that has begun.
+        steps = np.searchsorted(false_rates, rates, side="right") - 1
+        curves.append(true_rates[steps])
+    return np.stack(curves)
+
+
 def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     """ROC curves: what a threshold on the length of a digit's capsule trades off.
 
@@ -534,27 +552,21 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     auc = np.array(report["auc"])
     # The curves are drawn at these false positive rates. A logarithmic axis has no 0.
     rates = np.geomspace(0.5 / len(labels), 1, 1000)
-    curves = []
+    curves = 100 * roc_curves(lengths, labels, rates)  # in percent
     figure, axis = plt.subplots(figsize=(11, 7))
     for rank, digit in enumerate(auc.argsort()):  # the worst first
-        is_digit = labels == digit
-        false_rates, true_rates, _ = metrics.roc_curve(is_digit, lengths[:, digit])
-        # The curve is a staircase: at each rate, take the last step that has begun.
-        steps = np.searchsorted(false_rates, rates, side="right") - 1
-        curve = 100 * true_rates[steps]
         if rank < 3:
             label = f"digit {digit}: AUC {auc[digit]:.5f}"
-            axis.plot(100 * rates, curve, color=COLOURS[rank], label=label)
+            axis.plot(100 * rates, curves[digit], color=COLOURS[rank], label=label)
         else:
-            axis.plot(100 * rates, curve, color="lightgrey", zorder=1)
-        curves.append(curve)
-    mean = np.mean(curves, axis=0)
+            axis.plot(100 * rates, curves[digit], color="lightgrey", zorder=1)
+    mean = curves.mean(axis=0)
     axis.plot(100 * rates, mean, "k--", label=f"mean: AUC {auc.mean():.5f}")
     # Near-perfect curves lie at the top, and only that part is shown. The axis reaches twice
     # as far below 100 % as the worst curve does at a false positive rate of 0.2 %, and half
     # a point further, so that it is never empty.
     at_02_percent = np.searchsorted(rates, 0.002) - 1
-    worst = min(curve[at_02_percent] for curve in curves)
+    worst = curves[:, at_02_percent].min()
     depth = 2 * (100 - worst) + 0.5
     bottom = max(0, 100 - depth)
     axis.set(xscale="log", xlim=(100 * rates[0], 100), ylim=(bottom, 100.1))
@@ -845,7 +857,7 @@ def save_comparison(rows: list[dict], file: Path) -> None:
     right.set(xlabel="minutes of training, at the fastest epoch's speed", xlim=(0, None), ylabel="")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center")  # below both
-    save(figure, f"Validation accuracy over epochs and over time\n{join(common)}", file)
+    save(figure, f"Validation accuracy over epochs and over time\n{join_words(common)}", file)
 
 
 # -- 4. Your own digits ------------------------------------------------------------
@@ -890,7 +902,8 @@ def read_brightness(file: Path) -> np.ndarray:
             image = ImageOps.invert(opaque)
     brightness = np.asarray(image, dtype=np.float32)
     brightness = ndimage.gaussian_filter(brightness, 1)  # against grain: 1 pixel
-    # A 16-bit image often uses only a small part of its range.
+    # The lightest pixel becomes 1: a photo may be dark, and a 16-bit image often uses only
+    # a small part of its range.
     return brightness / max(1, brightness.max())
 
 
@@ -1030,16 +1043,18 @@ def find_digit(ink: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 def as_mnist(ink: np.ndarray) -> np.ndarray:
     """The ink of one digit [h, w] -> uint8 [28, 28], light on black, like MNIST's."""
-    ink = np.clip(ink / ink.max() - 0.3, 0, None)  # the rim of a stroke is half paper
+    ink = ink / ink.max() - 0.3  # the rim of a stroke is half paper
+    ink = np.clip(ink, 0, None)
     box = ndimage.find_objects((ink > 0).astype(int))[0]
     digit = Image.fromarray(ink[box])
     scale = 20 / max(digit.size)  # MNIST's digits fit into 20x20
     size = [max(1, round(scale * length)) for length in digit.size]
     small = np.asarray(digit.resize(size, Image.Resampling.BILINEAR))
+    # The centre of mass goes to the middle, unless a row or a column would be cut off.
     height, width = small.shape
-    y, x = ndimage.center_of_mass(small)  # this point goes to the middle,
-    top = np.clip(round(14 - y), 0, 28 - height)  # unless a row or a column
-    left = np.clip(round(14 - x), 0, 28 - width)  # would then be cut off
+    y, x = ndimage.center_of_mass(small)
+    top = np.clip(round(14 - y), 0, 28 - height)
+    left = np.clip(round(14 - x), 0, 28 - width)
     picture = np.zeros((28, 28), np.uint8)
     picture[top : top + height, left : left + width] = 255 * small / small.max()
     return picture
@@ -1093,6 +1108,11 @@ def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
         drawings = decode(model, capsules, all_lengths.argmax(dim=1))
         for reading, drawing in zip(readings, drawings.numpy(), strict=True):
             reading["redrawn"] = drawing
+    save_pages(run, readings, out)
+
+
+def save_pages(run: dict, readings: list[dict], out: Path) -> None:
+    """Draw own-digits.png and, if there are many digits, own-digits-2.png, ..."""
     pages = math.ceil(len(readings) / DIGITS_PER_PAGE)
     for page in progress(range(pages), "pages"):
         first = page * DIGITS_PER_PAGE
@@ -1187,6 +1207,8 @@ def evaluate_run(run: dict, args: argparse.Namespace, out: Path) -> None:
         run["report"] |= routing_summary(model, images[routed], labels[routed])
         write_json(out / "report.json", run["report"])
         write_lengths(out / "lengths.npy", lengths)
+        for name in ("reconstructions.png", "perturbations.png"):
+            (out / name).unlink(missing_ok=True)  # of a run with a decoder, now replaced
     print(report_text(run, labels.numpy(), lengths.argmax(axis=1)))
     save_pictures(run, lengths, images, labels, out)
     if model is not None and model.decoder is not None:
@@ -1472,7 +1494,7 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
         history = checkpoint["history"]
         # Training writes last.pt, best.pt and metrics.csv, and may be killed in between.
         if not history or history[-1] != run["best"]:
-            hint = "resume the run first"
+            hint = "if the run is still training, try again, otherwise resume it"
             raise UserError(f"{file} does not match metrics.csv's best epoch: {hint}")
         weights = checkpoint["model"]
     else:
@@ -1486,18 +1508,6 @@ def load_network(run: dict, device: torch.device) -> nn.Module:
         raise UserError(text) from None
     # [B, H, W, C] in memory is faster.
     return model.to(device, memory_format=torch.channels_last).eval()
-
-
-def half_weights(model: nn.Module) -> bytes:
-    """The content of weights.pt: float16, which takes half the bytes of float32."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():  # BatchNorm's count of batches is an integer
-            tensor = tensor.half()
-        weights[name] = tensor.cpu()
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    return buffer.getvalue()
 
 
 def write_json(file: Path, values: dict) -> None:

@@ -10,7 +10,7 @@ On 2 CPU cores with bfloat16, an epoch of AlexCapsNet takes 70 s. After 20 epoch
 accuracy is 99.6 %. Open train_single.py beside it: the loop is the same, and what does not
 change is imported. What distribution or mixed precision adds is marked with one of two words:
 
-    DDP:  - The ranks (processes 0, 1, ...) join one process group.
+    DDP:  - The ranks (processes 0, 1, ...) join one process group: they can now exchange data.
           - Each rank gets a GPU (shared if there are too few), or its part of the CPU's threads.
           - Rank 0 decides, writes and prints. The other ranks receive its decisions.
           - Each rank trains on, and validates, its own part of the images.
@@ -40,12 +40,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import train_single
 from data import DigitDataset, UserError, as_batch, epoch_seed
-from train_single import SHOW_EVERY, Run, progress, show, tally
+from train_single import SHOW_EVERY, Run, check_and_show, progress, tally
 
-# DDP: torchrun tells each process who it is. If any of these variables is missing, there is
-# one process (but see refuse_half_a_launch).
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHED = all(name in os.environ for name in LAUNCHER)
+# DDP: torchrun tells each process who it is. Without torchrun there is one process.
+LAUNCHED = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of all ranks: 0 decides, writes, prints
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0  # on this machine
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
@@ -57,8 +55,8 @@ leave = os._exit if LAUNCHED else sys.exit
 TIMEOUT = timedelta(minutes=10)  # DDP: a rank waits this long for another one
 
 # AMP: the type in which convolutions and matrix products are computed. float16 has 5 bits of
-# exponent: small gradients vanish unless the loss is scaled up. bfloat16 has 8 bits, like
-# float32.
+# exponent: small gradients vanish unless the loss is scaled up. bfloat16 has 8 bits of
+# exponent, like float32, but only 7 bits of mantissa.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # -- One epoch, and validation -----------------------------------------------------
@@ -107,8 +105,9 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
             # The loss is the mean over one batch. We want the mean over the whole group, so
             # each batch counts in proportion to its images. Without the weight, the
             # gradient of a group of k batches would be k times too large.
-            images_in_earlier_groups = (batch_number - 1) // batches_per_group * images_per_group
-            images_in_group = min(images_per_group, images_of_rank - images_in_earlier_groups)
+            groups_before = (batch_number - 1) // batches_per_group
+            images_left = images_of_rank - groups_before * images_per_group
+            images_in_group = min(images_per_group, images_left)
             weight = len(labels) / images_in_group
             run.scaler.scale(loss * weight).backward()  # AMP: keeps small gradients above 0
         if last_of_group:
@@ -119,7 +118,7 @@ def train_one_epoch(run: Run, ddp: DistributedDataParallel, dataset: DigitDatase
         sums += tally(loss, run.model.scores(capsules), labels)
         if batch_number % SHOW_EVERY == 0 or last_of_epoch:
             # DDP: all ranks read the same sums, so all stop if the loss is not finite.
-            show(bar, summed(sums))
+            check_and_show(bar, summed(sums))
     return summed(sums)  # DDP: over all ranks
 
 
@@ -160,8 +159,6 @@ def join() -> dist.Store:
     # that share a GPU need gloo, too, because NCCL refuses them.
     gpu_each = LOCAL_WORLD_SIZE <= gpus
     backend = "cpu:gloo,cuda:nccl" if gpu_each else "gloo"
-    if LAUNCHED and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
-        print(f"rank {RANK} is waiting for the others at {os.environ['MASTER_ADDR']}", flush=True)
     try:
         if LAUNCHED:
             launch_store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -227,27 +224,26 @@ def on_rank_0(work):
     def my_part():
         return work() if RANK == 0 else None
 
-    box = [together(my_part)]
-    dist.broadcast_object_list(box)  # works on a list: rank 0's content replaces the others'
-    return box[0]
+    results = [together(my_part)]  # [None] on the other ranks
+    dist.broadcast_object_list(results)  # replaces [None] with rank 0's result
+    return results[0]
 
 
 def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
     """What rank 0 decides for all ranks: the flags, the settings and the run's folder."""
     given = after_restart(given, launch_store)
-    of_script = {"script": "ddp", "world_size": WORLD_SIZE}
-    config, folder = train_single.read_command(given, of_script)
+    script_settings = {"script": "ddp", "world_size": WORLD_SIZE}
+    config, folder = train_single.read_command(given, script_settings)
     if config["device"] not in ("cpu", "cuda"):
         hint = "each rank takes its own; give cpu or cuda"
         raise UserError(f"--device {config['device']}: {hint}")
     on_cpu = config["device"] == "cpu"
     if "resume" not in given:
-        config["precision"] = pick_precision(given.get("precision"), on_cpu)  # AMP: for all ranks
+        config["precision"] = given.get("precision") or usual_precision(on_cpu)  # AMP
         config["id"] = secrets.token_hex(8)
         # DDP: before the run is saved for the first time, so that no restart misses it
         launch_store.set("run", json.dumps([config["id"], str(folder)]))
-    if on_cpu and config["precision"] == "fp16":
-        raise UserError("--precision fp16 needs a GPU: on the CPU use bf16 or fp32")
+    check_precision(config["precision"], on_cpu)  # AMP
     if config["sync_bn"] and (on_cpu or config["compile"]):
         raise UserError("--sync-bn needs GPUs, and cannot be used with --compile")
     return given, config, folder
@@ -269,25 +265,34 @@ def after_restart(given: dict, launch_store: dist.Store) -> dict:
     return given
 
 
-def pick_precision(wanted: str | None, on_cpu: bool) -> str:
-    """AMP: the precision that is wanted, or the default.
+def usual_precision(on_cpu: bool) -> str:
+    """AMP: float16 on GPUs, bfloat16 on CPUs that have instructions for it.
 
-    The default is float16 on GPUs, bfloat16 on CPUs that have instructions for it, and
-    float32 on other CPUs: they emulate bfloat16, which takes about ten times as long. On a
-    CPU, the reason is printed.
+    Other CPUs compute in float32: they emulate bfloat16, which takes about ten times as
+    long. On a CPU, the reason is printed.
     """
     if not on_cpu:
-        return wanted or "fp16"
-    fast = cpu_has_bfloat16()
-    if wanted == "bf16" and not fast:
-        print("WARNING: this CPU emulates bf16, which may take ten times as long as fp32")
-    if wanted is not None:
-        return wanted
-    if fast:
+        return "fp16"
+    if cpu_has_bfloat16():
         print("precision: bf16, because this CPU has instructions for it")
         return "bf16"
     print("precision: fp32, because this CPU has no instructions for bf16")
     return "fp32"
+
+
+def check_precision(precision: str, on_cpu: bool) -> None:
+    """AMP: UserError if the device cannot compute in this precision. A warning if it is slow."""
+    if precision == "fp16" and on_cpu:
+        hint = "on the CPU use bf16 or fp32 (a run that began in fp16 goes on only on a GPU)"
+        raise UserError(f"--precision fp16 needs a GPU: {hint}")
+    if precision == "bf16":
+        if on_cpu:
+            is_fast = cpu_has_bfloat16()
+        else:
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not is_fast:
+            name = "CPU" if on_cpu else "GPU"
+            print(f"WARNING: this {name} emulates bf16, which may take far longer than fp32")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -327,17 +332,22 @@ def load_everywhere(run: Run) -> None:
     the folder may be old, because only rank 0 writes.
     """
     together(run.load)
-    done = on_rank_0(lambda: len(run.history))
+    epochs = [None] * WORLD_SIZE
+    dist.all_gather_object(epochs, len(run.history))
+    if len(set(epochs)) > 1:  # all ranks see the same list, so all raise the same error
+        text = f"{run.folder} has {epochs} epochs on ranks 0, 1, ..."
+        raise UserError(f"{text}: copy it from rank 0's machine")
 
-    def compare():
-        if len(run.history) != done:
-            text = f"{run.folder} has {done} epochs on rank 0, but {len(run.history)} elsewhere"
-            raise UserError(f"{text}: copy it from rank 0's machine")
 
-    together(compare)
+def begin(run: Run, train_set: DigitDataset) -> None:
+    """DDP: rank 0's part before the first epoch, as in train_single.main."""
+    train_single.record_hardware(run, train_set)
+    run.save()
+    train_single.print_intro(run)
 
 
 def save_and_print(run: Run) -> None:
+    """DDP: rank 0's part after each epoch, as in train_single.main."""
     run.save()
     print(run.epoch_line(), flush=True)
 
@@ -349,7 +359,8 @@ def wrap(run: Run) -> DistributedDataParallel:
     # Ignore a harmless warning: in a dimension of size 1, the stride of cuDNN's gradient may
     # differ from the stride of the weight.
     warnings.filterwarnings("ignore", "Grad strides do not match")
-    # gradient_as_bucket_view: gradients stay in the buffers that are sent, which saves a copy
+    # Gradients are sent in a few large buffers, the buckets. gradient_as_bucket_view: they
+    # stay there, which saves a copy.
     return DistributedDataParallel(run.model, gradient_as_bucket_view=True)
 
 
@@ -358,15 +369,17 @@ def wrap(run: Run) -> DistributedDataParallel:
 
 def main() -> None:
     parser = train_single.build_parser(__doc__)
-    count = train_single.number_between(int, 1, 1_000_000)
+    positive = train_single.number_between(int, 1, 1_000_000)
     flag = parser.add_flag
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="without it, fp16 on GPUs; bf16 or fp32 on the CPU"
     )
-    flag("--accumulation-steps", "batches per optimizer step", type=count, metavar="N")
+    flag("--accumulation-steps", "batches per optimizer step", type=positive, metavar="N")
     flag("--sync-bn", "BatchNorm over the batches of all ranks; GPUs only", action="store_true")
     typed = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
-    refuse_half_a_launch()
+    # DDP: another launcher. Each process would believe that it is alone, and train the same run.
+    if not LAUNCHED and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("RANK and WORLD_SIZE are set, but not by torchrun: start with torchrun")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++
     # DDP: meet, decide, prepare
     launch_store = join()
@@ -376,9 +389,10 @@ def main() -> None:
     on_rank_0(lambda: train_single.open_folder(run, given))
     if "resume" in given:
         load_everywhere(run)
-    on_rank_0(lambda: train_single.begin(run, train_set))
-    # DDP: rank 0 also says how to continue. If it waits in C++ for the other ranks, they end on
-    # the same Ctrl-C, which ends its waiting, and then Python calls stop.
+    on_rank_0(lambda: begin(run, train_set))
+    # DDP: rank 0 also says how to continue. Python calls stop only when rank 0 is not inside
+    # C++. If rank 0 is waiting there for the other ranks, they end on the same Ctrl-C. Their
+    # end ends the wait, and then Python calls stop.
     if RANK == 0:
         signal.signal(signal.SIGINT, lambda *_: stop(run))
     ddp = wrap(run)
@@ -391,18 +405,6 @@ def main() -> None:
         on_rank_0(lambda: save_and_print(run))  # DDP: one rank writes and prints
     on_rank_0(lambda: train_single.print_outro(run))
     dist.destroy_process_group()  # not after a failure: NCCL would wait for the other ranks
-
-
-def refuse_half_a_launch() -> None:
-    """DDP: UserError if RANK and WORLD_SIZE say that there are several processes, but another
-    variable is missing.
-
-    Otherwise every process would believe that it is alone, and train the same run.
-    """
-    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and not LAUNCHED:
-        missing = [name for name in LAUNCHER if name not in os.environ]
-        raise UserError(f"RANK is set, but {', '.join(missing)} is not: start with torchrun")
 
 
 def stop(run: Run) -> None:

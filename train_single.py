@@ -21,6 +21,7 @@ Then open train_ddp.py beside it.
 """
 
 import argparse
+import csv
 import ctypes
 import io
 import json
@@ -32,6 +33,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
@@ -83,20 +86,21 @@ def train_one_epoch(run: "Run", dataset: DigitDataset) -> Tensor:
         loss.backward()  # the gradient of the loss with respect to each weight
         run.optimizer.step()  # Adam changes the weights
         # The images are on the device already and the sums stay there, so the CPU can
-        # prepare the next step while a GPU computes. Only show() waits for the device.
+        # prepare the next step while a GPU computes. Only check_and_show waits for the device.
         sums += tally(loss, model.scores(capsules), labels)
         if step % SHOW_EVERY == 0 or step == len(loader):
-            show(bar, sums)
+            check_and_show(bar, sums)
     return sums
 
 
 @torch.no_grad()
 def validate(model: nn.Module, dataset: DigitDataset, indices=None, hidden=False) -> Tensor:
-    """Evaluate the model. Returns the 3 sums of tally over all validation images, or only
-    over those at `indices`.
+    """Evaluate the model. Returns the 3 sums of tally over all validation images.
 
-    It returns sums because sums of several processes can simply be added.
+    It returns sums because sums of several processes can simply be added. train_ddp.py
+    gives `indices` (evaluate only these images) and `hidden` (no progress bar).
     """
+    # A sampler can be any sequence of indices. None means all images, in their order.
     loader = DataLoader(dataset, VALIDATION_BATCH, sampler=indices, collate_fn=as_batch)
     sums = torch.zeros(3, dtype=torch.float64, device=dataset.labels.device)
     model.eval()  # BatchNorm: use the running statistics
@@ -110,24 +114,23 @@ def validate(model: nn.Module, dataset: DigitDataset, indices=None, hidden=False
 def tally(loss: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     """What a batch adds to the sums: [loss x count, hits, count], on the device.
 
-    `loss` is the mean over the batch, count its number of images, scores [B, J] and
-    labels [B]. A hit is an image
-    whose highest score is the true digit's. Nothing here waits for the device;
-    loss.item() would, in every step.
+    `loss` is the mean over the batch, and count the number of its images. A hit is an
+    image whose highest score, in scores [B, J], is that of its label, in labels [B].
+    Nothing here waits for the device; loss.item() would, in every step.
     """
     hits = (scores.argmax(dim=1) == labels).sum()
     count = torch.full_like(hits, len(labels))
     return torch.stack([loss.detach() * count, hits, count])
 
 
-def progress(loader: DataLoader, title: str, hidden: bool = False) -> tqdm:
-    """The loader's batches, with a progress bar unless it is `hidden`."""
+def progress(items: Iterable, title: str, hidden: bool = False) -> tqdm:
+    """The items (batches of a loader, for example), with a progress bar unless `hidden`."""
     disable = True if hidden else None  # None: the bar appears only in a terminal
-    return tqdm(loader, title, leave=False, disable=disable)
+    return tqdm(items, title, leave=False, disable=disable)
 
 
-def show(bar: tqdm, sums: Tensor) -> None:
-    """Show the means so far. Stop training if the loss is no longer a finite number.
+def check_and_show(bar: tqdm, sums: Tensor) -> None:
+    """Show the means so far. UserError if the loss is no longer a finite number.
 
     The means are over all images of the epoch so far, not over the last batch alone.
     """
@@ -151,6 +154,15 @@ SAVED = ("model", "optimizer", "scheduler", "scaler")
 # last.pt is the run after its last epoch, and best.pt the run after its best epoch.
 # metrics.csv and config.json are for people and for evaluate.py, which adds report.json.
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "config.json", "report.json")
+COLUMNS = (  # of metrics.csv: see Run.finish_epoch
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "lr",
+    "seconds",
+)
 
 
 class Run:
@@ -170,7 +182,8 @@ class Run:
         self.lock = None  # until open_folder (part 4) locks the folder
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
-            # TF32: a mantissa of 10 bits instead of 23 in products, but much faster
+            # TF32: a mantissa of 10 bits instead of 23, but much faster. In matrix
+            # products it must be asked for; in convolutions it is PyTorch's default.
             torch.set_float32_matmul_precision("high")
         torch.manual_seed(config["seed"])
         # The weights are drawn on the CPU, so they start the same on every device.
@@ -272,11 +285,11 @@ class Run:
 
     def save_for_people(self) -> None:
         """Write metrics.csv and config.json. Training reads neither."""
-        columns = "epoch,train_loss,train_accuracy,val_loss,val_accuracy,lr,seconds"
-        lines = [columns]
-        for row in self.history:
-            lines.append(",".join(str(row[name]) for name in columns.split(",")))
-        write_file(self.folder / "metrics.csv", ("\n".join(lines) + "\n").encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_file(self.folder / "metrics.csv", table.getvalue().encode())
         settings = json.dumps(self.config, indent=2) + "\n"
         write_file(self.folder / "config.json", settings.encode())
 
@@ -309,22 +322,22 @@ def build_parser(description: str) -> "Parser":
     """The flags that both training scripts have; see Parser in part 5."""
     parser = Parser(description)
     flag = parser.add_flag
-    count = number_between(int, 1, 1_000_000)
+    positive = number_between(int, 1, 1_000_000)
     real = partial(number_between, float)
     # fmt: off
     flag("--model", "which network; needed to start a run", choices=MODELS)
-    flag("--routing-iterations", "iterations of routing", type=count, metavar="N")
+    flag("--routing-iterations", "iterations of routing", type=positive, metavar="N")
     flag("--reconstruction", "weight of the decoder's loss; 0: no decoder; 0.392: the paper's "
          "weight; with 20 the drawings resemble the digits after a few epochs",
          type=real(0, 100), metavar="W")
     flag("--dataset", "auto: MNIST, or scikit-learn's digits if MNIST is not available",
          choices=("auto", "mnist", "digits"))
     flag("--data-dir", "the folder that holds MNIST/raw", type=nonempty_path, metavar="DIR")
-    flag("--train-size", "use only the first N training images", type=count, metavar="N")
+    flag("--train-size", "use only the first N training images", type=positive, metavar="N")
     flag("--rotate", "rotate training digits by up to R degrees", type=real(0, 180), metavar="R")
     flag("--shift", "shift training digits by up to S pixels", type=real(0, 28), metavar="S")
-    flag("--epochs", "passes over the training images", type=count, metavar="N")
-    flag("--batch-size", "images per step and process", type=count, metavar="N")
+    flag("--epochs", "passes over the training images", type=positive, metavar="N")
+    flag("--batch-size", "images per step and process", type=positive, metavar="N")
     flag("--lr", "initial learning rate of Adam, multiplied by 0.7 every 2 epochs",
          type=real(1e-9, 100))
     flag("--seed", "seed of weights, order and augmentation",
@@ -342,25 +355,25 @@ def build_parser(description: str) -> "Parser":
     return parser
 
 
-def read_command(given: dict, of_script: dict) -> tuple[dict, Path]:
+def read_command(given: dict, script_settings: dict) -> tuple[dict, Path]:
     """The flags that were given -> the settings of the run, and its folder.
 
-    `of_script` holds the settings that the script itself decides: its name and its number
-    of processes.
+    `script_settings` are those that the script itself decides: its name and its number of
+    processes.
     """
     if "resume" in given:
-        return resumed_settings(given, of_script), Path(given["resume"])
-    config = new_settings(given, of_script)
+        return resumed_settings(given, script_settings), Path(given["resume"])
+    config = new_settings(given, script_settings)
     return config, run_folder(given, config)
 
 
-def new_settings(given: dict, of_script: dict) -> dict:
+def new_settings(given: dict, script_settings: dict) -> dict:
     """The settings of a new run: the defaults, except for what was given.
 
     The dataset and the device that are really used are recorded, not "auto" or None, so
     that a resumed run uses the same ones. MNIST may be downloaded here.
     """
-    config = DEFAULTS | only_settings(given) | of_script
+    config = DEFAULTS | only_settings(given) | script_settings
     if config["model"] is None:
         raise UserError(f"--model is missing: give one of {', '.join(MODELS)}")
     if config["dry_run"]:
@@ -377,7 +390,7 @@ def new_settings(given: dict, of_script: dict) -> dict:
     return config
 
 
-def resumed_settings(given: dict, of_script: dict) -> dict:
+def resumed_settings(given: dict, script_settings: dict) -> dict:
     """The settings that a run began with, except for the few that may change.
 
     UserError if the run belongs to the other script or to another number of processes,
@@ -389,9 +402,9 @@ def resumed_settings(given: dict, of_script: dict) -> dict:
     if not (folder / "last.pt").exists():
         raise UserError(f"there is no run in {folder} (no last.pt)")
     recorded = load_checkpoint(folder / "last.pt")["config"]
-    if any(recorded.get(name) != value for name, value in of_script.items()):
-        count = recorded.get("world_size")
-        processes = "1 process" if count == 1 else f"{count} processes"
+    if any(recorded.get(name) != value for name, value in script_settings.items()):
+        ranks = recorded.get("world_size")
+        processes = "1 process" if ranks == 1 else f"{ranks} processes"
         needed = f"train_{recorded.get('script')}.py with {processes}"
         raise UserError(f"{folder} must be resumed by {needed}")
     if recorded.get("model") not in MODELS:
@@ -463,15 +476,19 @@ def open_folder(run: Run, given: dict) -> None:
         raise UserError(f"{run.folder} holds a run: {hint}")
 
 
-def begin(run: Run, train_set: DigitDataset) -> None:
-    """Record the hardware in the settings, save the run, and say what is trained."""
+def record_hardware(run: Run, train_set: DigitDataset) -> None:
+    """Add to the settings what is only known now: the hardware and the number of images."""
     config = run.config
     threads = torch.get_num_threads()
     config["hardware"] = f"{threads} CPU thread{'s' if threads > 1 else ''}"
     if config["device"].startswith("cuda"):
         config["hardware"] = torch.cuda.get_device_name()
     config["train_images"] = len(train_set)
-    run.save()
+
+
+def print_intro(run: Run) -> None:
+    """What is trained, on what, and where it goes."""
+    config = run.config
     network = type(run.model).__name__
     note = NOTE[config["dataset"]]
     where = f" on {config['hardware']}"
@@ -479,7 +496,7 @@ def begin(run: Run, train_set: DigitDataset) -> None:
         where = f", {config['world_size']} processes, each{where}"
     print(f"{network} in {config['precision']}{where}{note}")
     print(
-        f"{len(train_set):,} images of {config['dataset']}, "
+        f"{config['train_images']:,} images of {config['dataset']}, "
         f"{config['effective_batch']} per step, learning rate {config['lr']:g}"
     )
     print(f"run folder: {run.folder}, epochs done: {len(run.history)}", flush=True)
@@ -500,7 +517,7 @@ def print_outro(run: Run) -> None:
 
 
 def main() -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":  # by torchrun
         hint = "under torchrun, start train_ddp.py"
         raise UserError(f"train_single.py runs as one process: {hint}")
     given = vars(build_parser(__doc__).parse_args())
@@ -511,7 +528,9 @@ def main() -> None:
     open_folder(run, given)
     if "resume" in given:
         run.load()
-    begin(run, train_set)
+    record_hardware(run, train_set)
+    run.save()
+    print_intro(run)
     try:
         while len(run.history) < config["epochs"]:
             start = time.perf_counter()
@@ -632,12 +651,19 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_compiler(device: torch.device) -> None:
-    """UserError if torch.compile cannot work: on the CPU it generates C++."""
-    usual = "clang++" if sys.platform == "darwin" else "g++"
-    compiler = os.environ.get("CXX", usual)  # as in torch._inductor.config
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    """UserError if torch.compile cannot work because it finds no compiler.
+
+    On the CPU it generates C++. On a GPU it generates Triton, which needs a C compiler.
+    """
+    if device.type == "cuda":  # as in triton.runtime.build
+        language = "C"
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:  # as in torch._inductor.config
+        language = "C++"
+        names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(shutil.which(name) for name in names):
         hint = "install one, or do not compile (--no-compile with --resume)"
-        raise UserError(f"torch.compile needs a C++ compiler, {compiler}: {hint}")
+        raise UserError(f"torch.compile needs a {language} compiler, {names[0]}: {hint}")
 
 
 def number_between(kind: type, low: float, high: float):
@@ -754,8 +780,12 @@ def run_main(main, last_to_speak: bool = False, leave=sys.exit) -> None:
         sys.stdout.flush()  # here, so that an error is reported like any other
     except (UserError, OSError) as error:  # OSError: a file cannot be read or written
         mistake = str(error)
-    except torch.OutOfMemoryError as error:
-        mistake = f"{str(error).splitlines()[0]} (try a smaller --batch-size)"
+    except RuntimeError as error:
+        # A GPU's full memory has a class of its own, the CPU's has not.
+        on_cpu = "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        mistake = f"{str(error).splitlines()[0]} (the memory is full: use smaller batches)"
     except KeyboardInterrupt:
         code = 130
     if mistake is not None:
@@ -772,5 +802,4 @@ def run_main(main, last_to_speak: bool = False, leave=sys.exit) -> None:
 
 
 if __name__ == "__main__":
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    run_main(main, last_to_speak=under_torchrun and os.environ["LOCAL_RANK"] != "0")
+    run_main(main, last_to_speak=is_torchelastic_launched() and os.environ["LOCAL_RANK"] != "0")

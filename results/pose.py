@@ -256,7 +256,7 @@ def identify(run: dict) -> dict:
     return {
         "network": evaluate.describe(run),
         "kind": kind,
-        "training": evaluate.join(words.values()),
+        "training": evaluate.join_words(words.values()),
         "seed": run["config"]["seed"],
     }
 

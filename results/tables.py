@@ -21,6 +21,7 @@ claims.py says how the report is judged. Read it first, then this file downwards
     5. pictures, and main
 """
 
+import io
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import evaluate
 from data import UserError, load
@@ -457,6 +458,18 @@ def target_folder(folder: Path, device: str) -> Path:
     return HERE / name
 
 
+def half_weights(model: nn.Module) -> bytes:
+    """The content of weights.pt: float16, which takes half the bytes of float32."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():  # BatchNorm's count of batches is an integer
+            tensor = tensor.half()
+        weights[name] = tensor
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
 def keep(run: dict, target: Path) -> None:
     """Copy to `target` the files of a run that results/ keeps.
 
@@ -466,7 +479,7 @@ def keep(run: dict, target: Path) -> None:
     weights = None
     if target == HERE / DECODER:
         model = evaluate.load_network(run, torch.device("cpu"))
-        weights = evaluate.half_weights(model)
+        weights = half_weights(model)
     target.mkdir(exist_ok=True, parents=True)
     if weights is not None:
         write_file(target / "weights.pt", weights)
