@@ -376,12 +376,12 @@ def short_table(probed: dict) -> str:
 
 
 def difference_table(probed: dict) -> str:
-    """The differences of R², with 95 % intervals over seeds, in Markdown."""
+    """The differences in R², with 95 % intervals over seeds, in Markdown."""
     lines = []
     for title, gaps in differences(probed).items():
         cells = [with_interval(gaps[pose], "+.2f") for pose in POSES]
         lines.append([title, *cells])
-    return evaluate.markdown_table(["difference of R²", *POSES], lines)
+    return evaluate.markdown_table(["difference in R²", *POSES], lines)
 
 
 # -- 6. The picture -------------------------------------------------------------------
