@@ -167,21 +167,20 @@ class DigitCapsules(nn.Module):
 
     def route(self, u: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Digit capsules [B, J, D], and the couplings of each iteration of routing."""
-        votes = self.votes(u)
+        votes = self.make_votes(u)
         # In mixed precision (lesson 3), autocast would compute the matrix products of
         # routing in 16 bits. Here it is switched off.
         with torch.autocast(votes.device.type, enabled=False):
             return dynamic_routing(votes, self.iterations)
 
-    def votes(self, u: Tensor) -> Tensor:
+    def make_votes(self, u: Tensor) -> Tensor:
         """Primary capsules [B, N, I] -> votes [B, J, N, D]."""
         #   u^_j|i = W_ij u_i                                             [S17] eq. 2
         # as a batch of N matrix products, [B, I] @ [I, J*D]. W is not copied. Many
         # implementations copy it once per image: 0.7 MB in AlexCapsNet, 6.6 MB in
         # ResCapsNet.
         u = u.transpose(0, 1)  # [B, N, I] -> [N, B, I]
-        # squash returned float32. The weights are in 16 bits after model.half().
-        votes = torch.bmm(u.to(self.weight.dtype), self.weight)  # [N, B, J*D]
+        votes = torch.bmm(u, self.weight)  # [N, B, J*D]
         votes = votes.unflatten(2, (self.J, self.D))  # [N, B, J*D] -> [N, B, J, D]
         return votes.permute(1, 2, 0, 3).contiguous()  # -> [B, J, N, D]
 

@@ -239,11 +239,11 @@ def plan(given: dict, launch_store: dist.Store) -> tuple[dict, dict, Path]:
         raise UserError(f"--device {config['device']}: {hint}")
     on_cpu = config["device"] == "cpu"
     if "resume" not in given:
-        config["precision"] = given.get("precision") or usual_precision(on_cpu)  # AMP
+        config["precision"] = given.get("precision") or usual_precision(on_cpu)  # AMP: for all
         config["id"] = secrets.token_hex(8)
         # DDP: before the run is saved for the first time, so that no restart misses it
         launch_store.set("run", json.dumps([config["id"], str(folder)]))
-    check_precision(config["precision"], on_cpu)  # AMP
+    check_precision(config["precision"], on_cpu)  # AMP: can the device do it?
     if config["sync_bn"] and (on_cpu or config["compile"]):
         raise UserError("--sync-bn needs GPUs, and cannot be used with --compile")
     return given, config, folder
@@ -340,7 +340,7 @@ def load_everywhere(run: Run) -> None:
 
 
 def begin(run: Run, train_set: DigitDataset) -> None:
-    """DDP: rank 0's part before the first epoch, as in train_single.main."""
+    """DDP: rank 0's part before training starts or goes on, as in train_single.main."""
     train_single.record_hardware(run, train_set)
     run.save()
     train_single.print_intro(run)
@@ -377,7 +377,8 @@ def main() -> None:
     flag("--accumulation-steps", "batches per optimizer step", type=positive, metavar="N")
     flag("--sync-bn", "BatchNorm over the batches of all ranks; GPUs only", action="store_true")
     typed = vars(parser.parse_args())  # a mistake ends all ranks, before one waits for another
-    # DDP: another launcher. Each process would believe that it is alone, and train the same run.
+    # DDP: these variables come from another launcher than torchrun. Each process would believe
+    # that it is alone, and all would train the same run.
     if not LAUNCHED and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("RANK and WORLD_SIZE are set, but not by torchrun: start with torchrun")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank even if it waits in C++

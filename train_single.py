@@ -781,11 +781,13 @@ def run_main(main, last_to_speak: bool = False, leave=sys.exit) -> None:
     except (UserError, OSError) as error:  # OSError: a file cannot be read or written
         mistake = str(error)
     except RuntimeError as error:
-        # A GPU's full memory has a class of its own, the CPU's has not.
+        # A GPU's full memory has an exception class of its own, the CPU's does not.
         on_cpu = "can't allocate memory" in str(error)
         if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
-        mistake = f"{str(error).splitlines()[0]} (the memory is full: use smaller batches)"
+        mistake = (
+            f"{str(error).splitlines()[0]} (the memory is full: in training, lower --batch-size)"
+        )
     except KeyboardInterrupt:
         code = 130
     if mistake is not None:

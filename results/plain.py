@@ -6,8 +6,8 @@
     python -m results.plain evaluate.py runs/plain-alexcaps-single
 
 The first three commands train with the scripts' own loop, data, seeds and flags. The
-last one writes report.json. The commands that the scripts print work here, too, with
-`-m results.plain` before the script's name.
+last one writes report.json (for one run, without flags). The commands that the scripts
+print work here, too, with `-m results.plain` before the script's name.
 
 Squash, votes, routing and margin loss are left out. A linear layer and cross-entropy take
 their place.
@@ -31,8 +31,9 @@ class WithoutCapsules(nn.Module):
     """A mixin: PlainAlexNet(WithoutCapsules, AlexCapsNet) is AlexCapsNet without capsules.
 
     The convolutions, including that of the primary capsules, are those of the capsule
-    network. With the same seed they start with the same weights. ReLU replaces squash, and a linear layer replaces the
-    digit capsules. [B, 1, side, side] -> ten scores, the logits [B, 10].
+    network. With the same seed they start with the same weights. ReLU replaces squash,
+    and a linear layer replaces the digit capsules. [B, 1, side, side] -> ten scores, the
+    logits [B, 10].
     """
 
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
@@ -76,7 +77,7 @@ def write_report() -> None:
     It holds what evaluate.py's report holds, except for routing.
     """
     if len(sys.argv) != 2:
-        raise UserError("give the folder of one run")
+        raise UserError("a plain network can only be reported: give the folder of one run")
     run = evaluate.read_run(Path(sys.argv[1]))
     if run["config"]["model"] not in NETWORKS:
         raise UserError(f"{run['folder']} has capsules: run python evaluate.py on it")

@@ -274,6 +274,7 @@ def pool(measured: list[dict]) -> list[dict]:
         groups[found["network"]].append(found)
     entries = []
     for group in groups.values():
+        group.sort(key=lambda found: found["seed"] or 0)  # None is the pixels'
         entry = {name: group[0][name] for name in ("network", "kind", "training")}
         entry["seeds"] = [found["seed"] for found in group]
         entry["accuracy"] = [found["accuracy"] for found in group]

@@ -3,6 +3,7 @@
 # digits for 3 epochs. Then let results/pose.py probe them, and write its results to results/.
 #
 #     bash results/pose.sh [FLAGS]              FLAGS: for training, such as --data-dir FOLDER
+#     python -m results.tables                  then: write the tables of both pages
 #
 # It takes about an hour on 2 CPU cores. It may be stopped and started again at any time: finished
 # runs are skipped, unfinished runs are resumed.

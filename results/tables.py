@@ -414,7 +414,8 @@ def kept_rows(folder: Path, new: dict[Path, dict] | None = None) -> dict[str, di
         rows = evaluate.make_rows(group)
         if len(rows) > 1:
             hint = "rename the run that should not be among them"
-            raise UserError(f"runs of the name {name} differ in settings: {hint}")
+            names = " / ".join(row["name"] for row in rows)
+            raise UserError(f"the runs of {folder / name} differ ({names}): {hint}")
         kept[name] = rows[0]
     return kept
 

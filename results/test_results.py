@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -70,7 +71,10 @@ def test_quick_benchmark_writes_json(tmp_path, monkeypatch):
         code, printed, error = call(benchmark, *flags)
         assert code == 0, error
     result = json.loads(file.read_text())
-    assert list(result) == ["by hand", "capsules", "steps", "data", "scaling"]
+    parts = ["by hand", "capsules", "steps", "data"]
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
+        parts.append("scaling")
+    assert list(result) == parts
     assert tables.speed_text(result) in printed
     before = file.read_text()
     monkeypatch.setitem(benchmark.PARTS, "scaling", lambda *_: [])  # cannot be measured here
@@ -440,7 +444,7 @@ def test_seeds_of_one_name_have_equal_settings(empty_results, tmp_path, monkeypa
     monkeypatch.setattr(tables, "load", lambda *_: (None, None))  # needs MNIST
     with mock.patch.dict(train_single.MODELS):
         result = call(tables, other)
-    assert_one_line(result, "runs of the name alexcaps-single differ in settings")
+    assert_one_line(result, "the runs of", "alexcaps-single differ", "rename")
     assert sorted(empty_results.rglob("*")) == before
 
 
@@ -521,8 +525,9 @@ def test_runs_are_drawn_beside_their_plain_network(written_again):
 
 
 def test_readme_repeats_figures_of_results():
-    figures = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)", README)
-    assert len(figures) > 3
+    text = " ".join(README.split())  # a figure may be broken across two lines
+    figures = re.findall(r"[-+][\d.]+ \([-+][\d.]+ to [-+][\d.]+\)", text)
+    assert len(figures) > 5
     page = (HERE / "README.md").read_text()
     for figure in figures:
         assert figure in page, figure
