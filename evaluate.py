@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_single
 from data import VALIDATION_SIZE, UserError, images_to_input, load
-from train_single import MODELS, progress, shell_path, write_file
+from train_single import MODELS, csv_text, progress, shell_path, write_file
 
 BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
@@ -1230,11 +1230,8 @@ def compare(runs: list[dict], out: Path) -> None:
     print(text)
     write_file(out / "comparison.md", text.encode())
     columns = [name for name in rows[0] if name not in ("runs", "values")]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(out / "comparison.csv", table.getvalue().encode())
+    table = csv_text(columns, rows)
+    write_file(out / "comparison.csv", table.encode())
     save_comparison(rows, out / "comparison.png")
 
 

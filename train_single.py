@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -285,11 +285,8 @@ class Run:
 
     def save_for_people(self) -> None:
         """Write metrics.csv and config.json. Training reads neither."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_file(self.folder / "metrics.csv", table.getvalue().encode())
+        table = csv_text(COLUMNS, self.history)
+        write_file(self.folder / "metrics.csv", table.encode())
         settings = json.dumps(self.config, indent=2) + "\n"
         write_file(self.folder / "config.json", settings.encode())
 
@@ -610,6 +607,15 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def csv_text(columns: Sequence[str], rows: list[dict]) -> str:
+    """A table in CSV: a heading, then a line for each row. Other keys are left out."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def load_checkpoint(file: Path) -> dict:

@@ -396,13 +396,13 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
     [7, 28, 28] in 0..1)}.
     """
     labels = torch.full([len(images)], digit)
-    centre = None  # the mean capsule of the digits as written, which are the first view
+    views = make_views(images)
+    looks = [look(model, images, labels, view) for view in views]
+    features, used = looks[0]  # of the digits as written
+    centre = features[CAPSULE][used].mean(dim=0)  # the mean capsule: [D]
     drawn = {}
-    for view in make_views(images):
-        features, used = look(model, images, labels, view)
+    for view, (features, used) in zip(views, looks, strict=True):
         capsules = features[CAPSULE][used]  # [n, D]
-        if centre is None:
-            centre = capsules.mean(dim=0)
         poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
         # Regression of the capsule on all poses of the view at once: a slope says how
         # the capsule changes with one pose if the view's other pose stays the same.

@@ -348,7 +348,7 @@ def sooner_table(report_code: dict, kept: dict[str, dict]) -> str:
 
 def pages(kept: dict[str, dict]) -> dict[Path, str]:
     """{page: its text}: both pages, with tables made from what is in this folder."""
-    ablation = kept_rows(HERE / "ablation")
+    ablation = rows_by_name(read_kept(HERE / "ablation"))
     report_code = json.loads((HERE / "report-code-cpu.json").read_text())
     speeds = []
     scaling = []
@@ -395,28 +395,29 @@ def fill(page: Path, tables: dict[str, str]) -> str:
 # -- 4. Keeping runs, and reading what is kept ---------------------------------------
 
 
-def kept_rows(folder: Path, new: dict[Path, dict] | None = None) -> dict[str, dict]:
-    """The runs kept in a folder -> {name without -seedN: row of evaluate.make_rows}.
+def read_kept(folder: Path) -> dict[Path, dict]:
+    """{folder of a run: the run} for all runs kept in `folder`."""
+    files = folder.glob("*/config.json")
+    return {file.parent: evaluate.read_run(file.parent) for file in files}
 
-    `new`, {target: run}, are runs that are about to be kept. UserError if runs of one name
-    differ in a setting other than the seed.
+
+def rows_by_name(runs: dict[Path, dict]) -> dict[str, dict]:
+    """{folder: run} -> {name without -seedN: row of evaluate.make_rows}.
+
+    UserError if runs of one name differ in a setting other than the seed.
     """
-    runs = {file.parent: evaluate.read_run(file.parent) for file in folder.glob("*/config.json")}
-    for target, run in (new or {}).items():
-        if target.parent == folder:
-            runs[target] = run
     groups = defaultdict(list)
     for target in sorted(runs):
         name = re.sub(r"-seed\d+$", "", target.name)
-        groups[name].append(runs[target])
+        groups[target.parent / name].append(runs[target])
     kept = {}
-    for name, group in groups.items():
+    for path, group in groups.items():
         rows = evaluate.make_rows(group)
         if len(rows) > 1:
             hint = "rename the run that should not be among them"
             names = " / ".join(row["name"] for row in rows)
-            raise UserError(f"the runs of {folder / name} differ ({names}): {hint}")
-        kept[name] = rows[0]
+            raise UserError(f"the runs of {path} differ ({names}): {hint}")
+        kept[path.name] = rows[0]
     return kept
 
 
@@ -535,11 +536,10 @@ def main() -> None:
         if target in new:
             raise UserError("two of these runs have the same name: keep one of them")
         new[target] = run
-    for folder in (HERE, HERE / "ablation"):
-        kept_rows(folder, new)
+    rows_by_name(read_kept(HERE) | read_kept(HERE / "ablation") | new)
     for target, run in new.items():
         keep(run, target)
-    kept = kept_rows(HERE)
+    kept = rows_by_name(read_kept(HERE))
     for page, text in pages(kept).items():
         write_file(page, text.encode())
     compared = []

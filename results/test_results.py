@@ -428,7 +428,7 @@ def test_runs_of_a_gpu_have_a_row_of_their_own(empty_results, tmp_path):
     for device in ("cpu", "cuda"):
         folder = tmp_path / device / "alexcaps-single-seed1"
         keep(run_to_keep(folder, seed=1, device=device))
-    kept = tables.kept_rows(empty_results)
+    kept = tables.rows_by_name(tables.read_kept(empty_results))
     counts = {name: kept[name]["n"] for name in kept}
     assert counts == {"alexcaps-single": 2, "alexcaps-single-cuda": 1}
     # only seed 0 is drawn
@@ -450,7 +450,7 @@ def test_seeds_of_one_name_have_equal_settings(empty_results, tmp_path, monkeypa
 
 def test_the_ablation_needs_its_baseline(empty_results, tmp_path):
     keep(run_to_keep(tmp_path / "ablation" / "rotate-0-seed0"))
-    kept = tables.kept_rows(empty_results / "ablation")
+    kept = tables.rows_by_name(tables.read_kept(empty_results / "ablation"))
     assert list(kept) == ["rotate-0"]
     assert tables.ablation_table(kept) == "not measured\n"
     assert tables.difference_table(kept) == "not measured\n"
