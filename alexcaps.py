@@ -26,8 +26,8 @@ class AlexCapsNet(CapsuleNetwork):
     def __init__(self, routing_iterations: int = 3, reconstruction: float = 0.0):
         # Departure 1: the first convolution is 5x5 with stride 1. The report keeps
         # AlexNet's 11x11 with stride 4, made for photographs of 224x224. On digits that
-        # leaves 2x2 places after the second convolution, and the three 3x3 convolutions
-        # then see mostly padding.
+        # leaves 2x2 places after the first pooling, and the convolutions that follow see
+        # mostly padding.
         #
         # Pooling comes before ReLU. The result is the same in either order, but in this
         # one ReLU has less than a quarter of the numbers to compute.

@@ -339,6 +339,7 @@ def test_routing_leaves_half_precision():
 # -- Helpers for real processes --------------------------------------------------------------------
 
 
+PATIENCE = 1200  # seconds after which a process counts as hung, also on a very busy machine
 STARTED = []  # the processes that tests have started in the background
 
 
@@ -359,7 +360,7 @@ def environment(variables):
     return os.environ | {"PYTHONPATH": str(HERE)} | variables
 
 
-def run_python(*arguments, start=False, timeout=240, cwd=HERE, **variables):
+def run_python(*arguments, start=False, timeout=PATIENCE, cwd=HERE, **variables):
     """Run a script of the repository as a user does, and return the finished process.
 
     With `start`, return the running process. `variables` are those of its environment.
@@ -1198,7 +1199,7 @@ def stopped(tmp_path_factory):
         jobs[name] = run_python(*command, start=True, OMP_WAIT_POLICY="PASSIVE")
     results = {}
     for name, job in jobs.items():
-        _, errors = job.communicate(timeout=240)
+        _, errors = job.communicate(timeout=PATIENCE)
         results[name] = (folder / name, job.returncode, errors)
     return results
 
@@ -1222,7 +1223,7 @@ def test_any_stop_resumes_bit_for_bit(name, stopped, finished):
 def in_a_shell(line, cwd, **variables):
     """Run a shell command that starts with `python`, which stands for the tests' Python."""
     line = line.replace("python", shlex.quote(sys.executable), 1)
-    options = {"cwd": cwd, "text": True, "timeout": 240, "env": environment(variables)}
+    options = {"cwd": cwd, "text": True, "timeout": PATIENCE, "env": environment(variables)}
     return subprocess.run(["sh", "-c", line], capture_output=True, check=False, **options)
 
 
@@ -1667,7 +1668,7 @@ def restarted(tmp_path_factory, finished):
         jobs[name] = torchrun(*command, launcher=["--max-restarts=3"], start=True)
     results = {}
     for name, job in jobs.items():
-        printed, errors = job.communicate(timeout=600)
+        printed, errors = job.communicate(timeout=PATIENCE)
         results[name] = (folder / name, job.returncode, printed, errors)
     return results
 
@@ -1684,7 +1685,7 @@ def test_a_killed_rank_is_restarted_to_the_same_weights(name, restarted, undistu
 def test_a_dying_rank_ends_the_job(tmp_path):
     """It does so long before the ten minutes that a rank waits for another one."""
     script = ("-c", dying((1, 2)), *SMALL, "--run-dir", tmp_path)
-    process = torchrun(*script, timeout=240)
+    process = torchrun(*script, timeout=PATIENCE)
     assert process.returncode == 1
     assert "SIGKILL" in process.stderr
     assert torch.load(tmp_path / "last.pt")["history"] == []
@@ -1700,7 +1701,7 @@ def test_ctrl_c_under_torchrun_says_how_to_continue(undisturbed, tmp_path):
         line = job.stdout.readline()
     assert line.startswith("epoch  3/500")
     job.send_signal(signal.SIGINT)
-    _, error = job.communicate(timeout=240)
+    _, error = job.communicate(timeout=PATIENCE)
     assert job.returncode != 0
     expected = f"to continue: torchrun --nproc_per_node=2 train_ddp.py --resume {run_dir}"
     assert error.count(expected) == 1, error
@@ -1742,7 +1743,7 @@ def test_two_agents_are_two_machines(undisturbed, tmp_path):
     script = (sys.executable, "-c", dying((1, 6)), *TWO_RANKS, "--run-dir", tmp_path)
     command = ("-m", "torch.distributed.run", *launcher, *script)
     jobs = [run_python(*command, start=True) for _ in range(2)]
-    outputs = [job.communicate(timeout=240) for job in jobs]
+    outputs = [job.communicate(timeout=PATIENCE) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert any("epochs done: 1" in printed for printed, _ in outputs)
     assert_same_run(tmp_path, undisturbed)
@@ -1768,7 +1769,7 @@ def test_a_mistake_under_torchrun_is_printed_once(copy):
         job = torchrun("-c", code, *SMALL, "--run-dir", copy, start=True)
         jobs.append((script, words, job))
     for script, words, job in jobs:
-        _, errors = job.communicate(timeout=240)
+        _, errors = job.communicate(timeout=PATIENCE)
         assert job.returncode == 1  # torchrun's own
         assert errors.count("error: ") == 1, errors
         assert errors.count(words) == 1, errors

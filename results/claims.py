@@ -251,7 +251,7 @@ def report_claims(rows: dict[str, dict], scaling: list[dict]) -> list[Claim]:
             at_least=1.5,
             at_most=2.5,
             form=".2f",
-            unit="x ResCapsNet's",
+            unit="x",
         ),
         Claim(
             "DDP helps AlexCapsNet significantly",
@@ -287,7 +287,7 @@ def report_claims(rows: dict[str, dict], scaling: list[dict]) -> list[Claim]:
             at_least=0.0,
             at_most=1.0,
             form=".2f",
-            unit="x AlexCapsNet's",
+            unit="x",
         ),
     ]
 

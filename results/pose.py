@@ -327,6 +327,7 @@ def differences(probed: dict) -> dict:
     by_title = {}
     for kind, other, seen_of_other in (
         ("capsules", "plain CNN", LOGITS),
+        ("capsules", "plain CNN", HIDDEN),
         ("capsules and decoder", "plain CNN", LOGITS),
         ("capsules and decoder", "plain CNN", HIDDEN),
         ("capsules and decoder", "capsules", DIRECTION),

@@ -55,6 +55,7 @@ STUDENT_REPORT = {
     "rescaps-single": (98.70, 20),
     "rescaps-ddp": (97.86, 10),
 }
+DEVICES = {"single": "one device", "ddp": "several (DDP)"}  # of the two training scripts
 DECODER = "alexcaps-ddp-reconstruction"  # the run whose weights are kept
 # The accuracies in the ablation's tables, and the number of images behind each
 ACCURACIES = {
@@ -122,7 +123,7 @@ def headline(kept: dict[str, dict]) -> str:
         network, script = setup.split("-")
         row = {
             "network": MODELS[network].__name__,
-            "trained by": f"train_{script}.py",
+            "trained on": DEVICES[script],
             "the report, %": f"{accuracy:.2f}",
             "report's epochs": epochs,
             "**ours, %**": "",
@@ -179,37 +180,41 @@ def bounds(claim: Claim) -> str:
     return f"{low} to {claim.at_most:{claim.form}}{claim.unit}"
 
 
-def claim_row(claim: Claim) -> dict:
-    """A claim with all its figures, and "short", the first figure that decides."""
-    figures = [claim_figure(claim, estimate) for estimate in claim.estimates]
-    short = claim_figure(claim, claim.deciding) if claim.deciding else ""
-    counts = [estimate.n for estimate in claim.estimates if estimate.n]
-    if len(set(counts)) == 1:
-        counts = counts[:1]  # the same for all: given once
-    return {
-        "the report says": claim.report_says,
-        "metric": claim.metric,
-        "agree if": bounds(claim),
-        "measured": "; ".join(figures),
-        "n": "; ".join(counts),
-        "verdict": claim.verdict,
-        "short": short,
-    }
+def claim_rows(claims: list[Claim]) -> list[dict]:
+    """Each claim with all its figures, and "short", the first figure that decides."""
+    rows = []
+    for number, claim in enumerate(claims, start=1):
+        figures = [claim_figure(claim, estimate) for estimate in claim.estimates]
+        short = claim_figure(claim, claim.deciding) if claim.deciding else ""
+        counts = [estimate.n for estimate in claim.estimates if estimate.n]
+        if len(set(counts)) == 1:
+            counts = counts[:1]  # the same for all: given once
+        row = {
+            "#": number,
+            "the report says": claim.report_says,
+            "metric": claim.metric,
+            "agree if": bounds(claim),
+            "measured": "; ".join(figures),
+            "n": "; ".join(counts),
+            "verdict": claim.verdict,
+            "short": short,
+        }
+        rows.append(row)
+    return rows
 
 
 def claim_table(claims: list[Claim]) -> str:
     """All figures of each claim, for results/README.md."""
-    rows = [claim_row(claim) for claim in claims]
-    names = ("the report says", "metric", "agree if", "measured", "n", "verdict")
-    return table(rows, *names)
+    names = ("#", "the report says", "metric", "agree if", "measured", "n", "verdict")
+    return table(claim_rows(claims), *names)
 
 
 def short_claim_table(claims: list[Claim]) -> str:
     """The first figure that decides each claim, for README.md."""
-    rows = [claim_row(claim) for claim in claims]
+    rows = claim_rows(claims)
     for row in rows:
         row["measured"] = row["short"]
-    return table(rows, "the report says", "measured", "verdict")
+    return table(rows, "#", "the report says", "measured", "verdict")
 
 
 def changed_flags(row: dict, base: dict) -> str:
