@@ -136,13 +136,8 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
         "accuracy": round(100 * (n - errors) / n, 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "auc": auc.round(6).tolist(),
-        "confusion": confusion_matrix(labels, predicted).tolist(),
+        "confusion": metrics.confusion_matrix(labels, predicted, labels=range(10)).tolist(),
     }
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """How often each digit (row) is predicted as which digit (column): [10, 10]."""
-    return metrics.confusion_matrix(labels, predicted, labels=range(10))
 
 
 def rotation_accuracy(model, images: Tensor, labels: Tensor) -> dict:
@@ -400,12 +395,10 @@ def short_names(rows: list[dict]) -> tuple[list[str], list[str]]:
             if all(description[setting] == words for description in descriptions):
                 common[setting] = words
     names = []
-    for row, description in zip(rows, descriptions, strict=True):
+    for description in descriptions:
         own = [words for setting, words in description.items() if setting not in common]
         name = join_words(own)
-        if not name:  # only the other rows have unusual settings
-            name = f"usual settings, {row['hardware']}"
-        names.append(name)
+        names.append(name or "usual settings")
     return list(common.values()), names
 
 
@@ -423,19 +416,19 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 def comparison_text(rows: list[dict]) -> str:
     """The text of comparison.md. What all rows have in common is above the table."""
-    n = rows[0]["test_images"]
+    images = rows[0]["test_images"]
     common, names = short_names(rows)
     lines = []
     for row, name in zip(rows, names, strict=True):
         accuracy = f"{row['accuracy']:.2f}"
         if row["n"] > 1:
             accuracy += f" ± {row['accuracy_std']:.2f}"
-        low, high = wilson(row["accuracy"] / 100 * n, n)
+        low, high = wilson(row["accuracy"] / 100 * images, images)
         interval = f"{low:.2f}-{high:.2f}"
         lines.append([name, str(row["n"]), accuracy, interval, f"{row['seconds']:.1f}"])
     title = join_words([rows[0]["dataset"], *common])
     return (
-        f"Accuracy on {n:,} test images: {title}\n\n"
+        f"Accuracy on {images:,} test images: {title}\n\n"
         f"{markdown_table(['runs', 'n', 'test, %', '95 %', 's/epoch'], lines)}\n"
         "test: mean ± standard deviation of n runs that differ only in their seed\n"
         "95 %: the confidence interval over images; it says nothing about other seeds\n"
@@ -486,7 +479,7 @@ def save_pictures(run: dict, lengths, images: Tensor, labels: Tensor, out: Path,
         "rotation": draw_rotation(report, run["config"]["rotate"], plain),
     }
     network = MODELS[run["config"]["model"]]
-    if "coupling_maps" in report:  # the report of an older version may lack them
+    if "coupling_maps" in report:  # a plain network's report lacks them
         if network.place_stride is None:  # its capsules see the whole image
             pictures["routing"] = draw_coupling_histograms(report)
         else:
@@ -531,18 +524,6 @@ def draw_confusion(report: dict) -> tuple:
     return figure, f"{report['errors']} errors (coloured) in {n:,} test digits"
 
 
-def roc_curves(lengths: np.ndarray, labels: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """The true positive rates of all digits at these false positive rates: [10, rates]."""
-    curves = []
-    for digit in range(10):
-        is_digit = labels == digit
-        false_rates, true_rates, _ = metrics.roc_curve(is_digit, lengths[:, digit])
-        # The curve is a staircase: at each rate, take the last step that has begun.
-        steps = np.searchsorted(false_rates, rates, side="right") - 1
-        curves.append(true_rates[steps])
-    return np.stack(curves)
-
-
 def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     """ROC curves: what a threshold on the length of a digit's capsule trades off.
 
@@ -552,7 +533,11 @@ def draw_roc(report: dict, lengths: np.ndarray, labels: np.ndarray) -> tuple:
     auc = np.array(report["auc"])
     # The curves are drawn at these false positive rates. A logarithmic axis has no 0.
     rates = np.geomspace(0.5 / len(labels), 1, 1000)
-    curves = 100 * roc_curves(lengths, labels, rates)  # in percent
+    curves = np.empty((10, len(rates)))  # the true positive rates, in percent
+    for digit in range(10):
+        is_digit = labels == digit
+        false_rates, true_rates, _ = metrics.roc_curve(is_digit, lengths[:, digit])
+        curves[digit] = 100 * np.interp(rates, false_rates, true_rates)
     figure, axis = plt.subplots(figsize=(11, 7))
     for rank, digit in enumerate(auc.argsort()):  # the worst first
         if rank < 3:
@@ -760,7 +745,7 @@ def draw_reconstructions(model, lengths, images: Tensor, labels: Tensor) -> tupl
     shown = torch.cat([ten, mistakes[:4]])
     true = labels[shown]
     inputs = images_to_input(images[shown].to(device_of(model)), model)
-    capsules = outputs(model, images[shown], title="pictures")
+    capsules = model(inputs)
     answers = model.scores(capsules).argmax(dim=1).cpu()
     rows = {
         "input": model.target(inputs).squeeze(1).cpu(),
@@ -783,7 +768,8 @@ def draw_perturbations(model, images: Tensor, labels: Tensor) -> tuple:
     For each digit, this is the number that changes the drawing most.
     """
     ten = first_of_each_class(labels, 1)
-    capsules = outputs(model, images[ten], title="pictures")  # [10, J, D]
+    inputs = images_to_input(images[ten].to(device_of(model)), model)
+    capsules = model(inputs)  # [10, J, D]
     drawings = []
     rows = []
     for digit in range(10):
@@ -830,15 +816,7 @@ def draw_grid(drawings: Tensor, rows: list[str], columns: list[str], figsize: tu
 
 
 def save_comparison(rows: list[dict], file: Path) -> None:
-    """Validation accuracy over epochs and over time; a band spans a row's seeds.
-
-    Only finished runs are drawn.
-    """
-    # All runs of a row have equally many epochs: their description says how many.
-    rows = [row for row in rows if row["epochs"] == len(row["runs"][0]["history"])]
-    if not rows:
-        file.unlink(missing_ok=True)  # an old picture would show other runs
-        return
+    """Validation accuracy over epochs and over time; a band spans a row's seeds."""
     common, names = short_names(rows)
     figure, axes = plt.subplots(1, 2, figsize=(13, 6 + 0.3 * len(rows)), sharey=True)
     left, right = axes
@@ -848,7 +826,8 @@ def save_comparison(rows: list[dict], file: Path) -> None:
             curves.append([epoch["val_accuracy"] for epoch in run["history"]])
         style = {"color": COLOURS[k % 7], "marker": "os^vD"[k % 5]}
         style["label"] = f"{name}, n = {row['n']}"
-        epochs = np.arange(1, row["epochs"] + 1)
+        # All runs of a row have equally many epochs: their description says how many.
+        epochs = np.arange(1, len(curves[0]) + 1)
         minutes = epochs * row["seconds"] / 60  # of training, without validation
         draw_accuracy(left, epochs, curves, **style)
         draw_accuracy(right, minutes, curves, **style)
@@ -862,20 +841,41 @@ def save_comparison(rows: list[dict], file: Path) -> None:
 
 # -- 4. Your own digits ------------------------------------------------------------
 
-# read_digit turns a photo into a picture like MNIST's. It calls, in this order:
-#
-#     read_brightness   the file -> brightness
-#     find_ink          brightness -> ink
-#     without_rules     ink -> ink without the paper's lines
-#     find_digit        ink -> where the digit is
-#     as_mnist          the digit's ink -> 28x28 pixels
-#
-# The other functions help them.
-
 SIDE = 480  # pixels: the longer side of every photo. All sizes below assume it.
-# The lead of the longest capsule over the second. 1 % of MNIST's test digits have less.
+# The lead of the longest capsule over the second. Between 1 and 4 % of MNIST's test digits
+# have less, depending on the network.
 MIN_LEAD = 0.5
 DIGITS_PER_PAGE = 6  # of own-digits.png
+
+
+def read_digit(file: Path) -> dict:
+    """Find the digit in a photo, scan or drawing, before any network sees it.
+
+    Returns file; photo, uint8 [h, w]; box, the digit's rows and columns in it; digit,
+    uint8 [28, 28], as MNIST has it; doubts, a list of reasons why it may be wrong.
+    """
+    photo = read_brightness(file)
+    light = paper_lightness(photo)
+    if abs(light) < 0.03:  # a thick digit that fills the picture has hardly any paper
+        photo = with_margin(photo)
+        light = paper_lightness(photo)
+    dark_on_light = photo if light > 0 else 1 - photo
+    ink = without_rules(find_ink(dark_on_light))
+    # Ink only in the outermost pixels does not count. A very narrow picture has no others,
+    # hence initial=0. A TIFF of floats may hold nan.
+    darkest = ink[1:-1, 1:-1].max(initial=0)
+    if np.isnan(darkest) or darkest < 0.1:
+        raise UserError(f"{file}: no digit can be seen: use a darker pen or more light")
+    place, doubts = find_digit(ink)
+    if abs(light) < 0.02:
+        doubts.append("as much ink as paper")
+    return {
+        "file": file,
+        "photo": (255 * photo).astype(np.uint8),
+        "box": ndimage.find_objects(place.astype(int))[0],
+        "digit": as_mnist(ink * place),
+        "doubts": doubts,
+    }
 
 
 def read_brightness(file: Path) -> np.ndarray:
@@ -1060,36 +1060,6 @@ def as_mnist(ink: np.ndarray) -> np.ndarray:
     return picture
 
 
-def read_digit(file: Path) -> dict:
-    """Find the digit in a photo, scan or drawing, before any network sees it.
-
-    Returns file; photo, uint8 [h, w]; box, the digit's rows and columns in it; digit,
-    uint8 [28, 28], as MNIST has it; doubts, a list of reasons why it may be wrong.
-    """
-    photo = read_brightness(file)
-    light = paper_lightness(photo)
-    if abs(light) < 0.03:  # a thick digit that fills the picture has hardly any paper
-        photo = with_margin(photo)
-        light = paper_lightness(photo)
-    dark_on_light = photo if light > 0 else 1 - photo
-    ink = without_rules(find_ink(dark_on_light))
-    # Ink in the outermost pixels alone is no digit. A tiny picture has no others, hence
-    # initial=0. A TIFF of floats may hold nan.
-    darkest = ink[1:-1, 1:-1].max(initial=0)
-    if np.isnan(darkest) or darkest < 0.1:
-        raise UserError(f"{file}: no digit can be seen: use a darker pen or more light")
-    place, doubts = find_digit(ink)
-    if abs(light) < 0.02:
-        doubts.append("as much ink as paper")
-    return {
-        "file": file,
-        "photo": (255 * photo).astype(np.uint8),
-        "box": ndimage.find_objects(place.astype(int))[0],
-        "digit": as_mnist(ink * place),
-        "doubts": doubts,
-    }
-
-
 def read_own_digits(run: dict, args: argparse.Namespace, out: Path) -> None:
     """Print and draw what the network says about the user's images."""
     # All files are read first: if one is bad, nothing is printed.
@@ -1249,9 +1219,6 @@ def read_arguments() -> argparse.Namespace:
     # Our Parser leaves out a flag that is not given.
     parser.set_defaults(image=None, out=None, data_dir=None, device=None)
     args = parser.parse_args()
-    folders = {folder.resolve() for folder in args.runs}
-    if len(folders) < len(args.runs):
-        parser.error("the same run is given twice")
     if len(args.runs) > 1 and args.image:
         parser.error("--image needs exactly one run")
     args.device = train_single.find_device(args.device)
@@ -1404,7 +1371,7 @@ def parse_history(content: bytes) -> list[dict]:
 
 
 def parse_report(content: bytes, network) -> dict:
-    """report.json -> the figures. A plain network has no figures of routing."""
+    """report.json -> the figures. Those of routing are checked if there are any."""
     report = json.loads(content)
     check_like(report, REPORT)
     accuracies = at_angles(report)
@@ -1438,7 +1405,7 @@ def read_lengths(run: dict, labels: np.ndarray) -> np.ndarray:
         raise UserError(f"{file} is missing: {hint}")
     lengths = read_checked(file, parse_lengths)
     if len(lengths) == len(labels):
-        confusion = confusion_matrix(labels, lengths.argmax(axis=1))
+        confusion = metrics.confusion_matrix(labels, lengths.argmax(axis=1), labels=range(10))
         if confusion.tolist() == run["report"]["confusion"]:
             return lengths
     hint = "is one of them from another run?"
