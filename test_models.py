@@ -186,7 +186,8 @@ def test_votes_are_each_capsules_own_matrix_product():
     votes = torch.einsum("bni,nijd->bjnd", u, W)
     agreement = torch.einsum("bjnd,bjd->bjn", votes, capsules.squash(s))
     torch.testing.assert_close(couplings[1], agreement.softmax(dim=1))
-    torch.testing.assert_close(v, layer(u))
+    s = torch.einsum("bjn,bjnd->bjd", couplings[1], votes)
+    torch.testing.assert_close(v, capsules.squash(s))
 
 
 def test_a_primary_capsule_comes_from_one_place():
@@ -311,16 +312,19 @@ def test_an_image_does_not_depend_on_its_batch(network):
 @both_networks
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_finite(network, dtype):
-    model = network()
+    model = network(reconstruction=20.0)
     # At 0 all capsules are zero vectors. At 255, AlexCapsNet's capsules would overflow if
     # they were squared in float16.
     for scale in (0, 255):
         images = scale * torch.rand(1, 1, network.side, network.side)
         with torch.autocast("cpu", dtype):
             v = model(images)
-        lengths = capsules.capsule_lengths(v)
-        capsules.margin_loss(lengths, torch.tensor([1])).backward()
+            loss = model.loss(v, images, torch.tensor([1]))
+            assert model.scores(v.to(dtype)).dtype == torch.float32
+            assert model.decoder(v, torch.tensor([1])).dtype == torch.float32
+        loss.backward()
         assert torch.isfinite(v).all()
+        assert loss.isfinite()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -377,7 +381,9 @@ def run_python(*arguments, start=False, timeout=PATIENCE, cwd=HERE, **variables)
 
 def torchrun(*arguments, launcher=(), **more):
     """A real torchrun job of two processes; the script may be `-c CODE`."""
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # Not every machine can resolve its own name.
+    options += ["--local-addr=127.0.0.1", *launcher]
     if arguments[0] == "-c":
         options += ["--no-python", sys.executable]
     return run_python(*options, *arguments, **more)
@@ -541,7 +547,7 @@ def test_parts_are_disjoint_stable_and_stratified():
     assert torch.equal(images, parts["validation"][0])
 
 
-def test_angles_and_shifts_depend_on_seed_and_epoch():
+def test_angles_and_shifts_fill_their_ranges():
     images, labels = data.load("digits", "", "train")
     dataset = data.DigitDataset(images, labels, AlexCapsNet, "cpu", rotate=10, shift=2)
     dataset.set_epoch(0, 1)
@@ -552,12 +558,38 @@ def test_angles_and_shifts_depend_on_seed_and_epoch():
         assert drawn.max() > 0.9 * limit
     correlation = first.T.corrcoef()  # of angle, shift right and shift down
     torch.testing.assert_close(correlation, torch.eye(3), rtol=0, atol=0.1)
-    for seed, epoch in ((0, 2), (1, 1)):
-        dataset.set_epoch(seed, epoch)
-        assert not torch.equal(dataset.degrees, first[:, 0])
-    dataset.set_epoch(0, 1)
-    assert torch.equal(dataset.degrees, first[:, 0])
-    assert torch.equal(dataset.shifts, first[:, 1:])
+
+
+def epoch_of_ddp(run, dataset):
+    """An epoch of train_ddp.py in this process, without other ranks."""
+    with mock.patch.object(train_ddp, "summed", torch.clone):
+        return train_ddp.train_one_epoch(run, run.model, dataset)
+
+
+def test_order_angles_and_shifts_depend_on_seed_and_epoch(monkeypatch):
+    """All four pairs (seed, epoch) differ, and both scripts draw the same."""
+    orders = []
+    real = data.DigitDataset.__getitems__
+
+    def read(dataset, indices):
+        orders.append(tuple(indices))
+        return real(dataset, indices)
+
+    monkeypatch.setattr(data.DigitDataset, "__getitems__", read)
+    drawn = []
+    for seed, epochs_done in itertools.product((0, 1), (0, 1)):
+        settings = {"dataset": "digits", "train_size": 24, "batch_size": 24, "shift": 2.0}
+        run = new_run(model="alexcaps", seed=seed, **settings)
+        run.history = epochs_done * [{}]
+        train_set, _ = train_single.make_datasets(run.config, CPU)
+        for train in (train_single.train_one_epoch, epoch_of_ddp):
+            train(run, train_set)
+            draws = torch.cat([train_set.degrees.unsqueeze(1), train_set.shifts], dim=1)
+            drawn.append(tuple(draws.flatten().tolist()))
+    for found in (orders, drawn):
+        assert found[0::2] == found[1::2]  # train_single.py's and train_ddp.py's
+        assert len(set(found)) == 4
+    assert sorted(orders[0]) == list(range(24))
 
 
 def test_augmentation_is_not_forgotten():
@@ -929,6 +961,23 @@ def test_a_run_is_replaced_if_asked(copy):
     assert not (copy / "report.json").exists()
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    """After a power failure, a file has its old or its new content."""
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    done = []
+    real = os.fsync
+
+    def fsync(number):
+        done.append((file.read_bytes(), os.fstat(number).st_size))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train_single.write_file(file, b"newer")
+    assert done == [(b"old", 5)]
+    assert file.read_bytes() == b"newer"
+
+
 @pytest.mark.parametrize("new", [False, True], ids=["goes on", "is to be replaced"])
 def test_a_disk_that_refuses_loses_nothing(new, copy):
     before = contents(copy)
@@ -1131,13 +1180,16 @@ def test_a_run_does_not_write_into_a_new_run_of_its_name(tmp_path, monkeypatch):
     assert contents(folder) == before
 
 
-def test_disks_without_locks_are_refused_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_disks_without_locks_are_refused_in_one_line(number, tmp_path, monkeypatch):
+    """(With ENOSYS, filelock would otherwise use a marker file, which kill -9 leaves behind.)"""
+
     def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
     result = single(*SMALL, "--run-dir", tmp_path / "run")
-    assert_one_line(result, "cannot be locked", "No locks available", "another disk")
+    assert_one_line(result, "cannot be locked", os.strerror(number), "another disk")
 
 
 # Each wrapper breaks a script from outside: the scripts have no hooks for tests.
@@ -1298,12 +1350,28 @@ def test_a_bug_keeps_its_traceback():
         call(script)
 
 
-PARTS = [(9, "training"), (14, "validation")]
+@pytest.mark.parametrize("train", [train_single.train_one_epoch, epoch_of_ddp])
+def test_batchnorm_learns_in_every_epoch(train):
+    """Validation makes it use its running statistics. The next epoch must change that."""
+    run = new_run(model="rescaps", dataset="digits", train_size=4, batch_size=4)
+    train_set, validation_set = train_single.make_datasets(run.config, CPU)
+    norms = [m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for _ in range(2):
+        before = norms[0].running_mean.clone()
+        train(run, train_set)
+        trained = norms[0].running_mean.clone()
+        assert not torch.equal(trained, before)
+        train_single.validate(run.model, validation_set, indices=range(4))
+        assert torch.equal(norms[0].running_mean, trained)
 
 
-@pytest.mark.parametrize(("call_number", "part"), PARTS)
-def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, monkeypatch):
-    """With 6 training steps and 1 validation batch an epoch, both are in epoch 2."""
+# (number of a call of the loss, its value, the part of epoch 2 that makes this call): an epoch
+# has 6 training steps and 1 validation batch.
+PARTS = [(9, math.nan, "training"), (13, math.inf, "training"), (14, math.nan, "validation")]
+
+
+@pytest.mark.parametrize(("call_number", "value", "part"), PARTS)
+def test_a_loss_that_is_not_finite_stops_the_run(call_number, value, part, tmp_path, monkeypatch):
     real = capsules.margin_loss
     calls = []
 
@@ -1311,12 +1379,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_number, part, tmp_path, mo
         calls.append(1)
         loss = real(*arguments)
         if len(calls) == call_number:
-            loss = loss * math.nan
+            loss = loss * value
         return loss
 
     monkeypatch.setattr(capsules, "margin_loss", margin_loss)
     result = single(*SMALL, "--epochs", 2, "--run-dir", tmp_path)
-    assert_one_line(result, "the loss is nan", "--lr", "--precision bf16")
+    assert_one_line(result, f"the loss is {value}", "--lr", "--precision bf16")
     assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
     if part == "training":
         assert len(calls) < 14  # it stopped before the validation
@@ -1417,6 +1485,8 @@ def test_only_check_and_show_reads_the_device(monkeypatch):
     assert validated.device == meta
     assert next(run.model.parameters()).device == meta
     assert len(reads) == 1  # after the last of 6 steps
+    assert epoch_of_ddp(run, train_set).device == meta
+    assert len(reads) == 2
     assert downloads == []
     images = torch.zeros(32, 28, 28, dtype=torch.uint8)
     monkeypatch.setattr(evaluate, "BATCH", 20)
@@ -1491,6 +1561,29 @@ CASES = [
 ]
 
 
+def test_float16s_scale_is_kept_and_changes_no_step(tmp_path):
+    """On the CPU in float32, but with the scaler that float16 needs on a GPU.
+
+    The scale of 1024 is doubled after each of 2 steps.
+    """
+    ends = []
+    for enabled in (False, True):
+        run, train_set = digits_run("alexcaps", batch_size=8, images=16)
+        run.scaler = torch.amp.GradScaler("cpu", 1024, growth_interval=1, enabled=enabled)
+        epoch_of_ddp(run, train_set)
+        ends.append([p.detach() for p in run.model.parameters()])
+    torch.testing.assert_close(ends[0], ends[1])
+    assert run.scaler.get_scale() == 4096
+    run.folder = tmp_path
+    run.lock = train_single.FolderLock(tmp_path)
+    run.save()
+    resumed, _ = digits_run("alexcaps")
+    resumed.folder = tmp_path
+    resumed.scaler = torch.amp.GradScaler("cpu")
+    resumed.load()
+    assert resumed.scaler.get_scale() == 4096
+
+
 def save_on_rank_0(value, file):
     if train_ddp.RANK == 0:
         torch.save(value, file)
@@ -1501,17 +1594,22 @@ def train_cases(folder):
     results = []
     for case in CASES:
         run, train_set = digits_run(*case)
-        trained = train_ddp.train_one_epoch(run, train_ddp.wrap(run), train_set)
+        ddp = train_ddp.wrap(run)
+        ddp.no_sync = mock.Mock(wraps=ddp.no_sync)
+        trained = train_ddp.train_one_epoch(run, ddp, train_set)
+        without_exchange = ddp.no_sync.call_count
         validated = train_ddp.validate(run.model, few_digits(run.model))
         parameters = [p.detach() for p in run.model.parameters()]
-        results.append((parameters, trained, validated))
+        results.append((parameters, trained, validated, without_exchange))
     save_on_rank_0(results, folder / "cases.pt")
 
 
 def test_two_ranks_equal_one_process(two_ranks):
     results = torch.load(two_ranks / "cases.pt")
-    for case, (parameters, trained, validated) in zip(CASES, results, strict=True):
-        network, _, _, images, reconstruction = case
+    for case, result in zip(CASES, results, strict=True):
+        parameters, trained, validated, without_exchange = result
+        network, accumulation, _, images, reconstruction = case
+        assert without_exchange == accumulation - 1, case  # batches: one group has several
         run, train_set = digits_run(network, 1, 64, images, reconstruction)
         starts = [p.detach().clone() for p in run.model.parameters()]
         expected_trained = train_single.train_one_epoch(run, train_set)
@@ -1683,11 +1781,31 @@ def test_a_killed_rank_is_restarted_to_the_same_weights(name, restarted, undistu
 
 
 def test_a_dying_rank_ends_the_job(tmp_path):
-    """It does so long before the ten minutes that a rank waits for another one."""
-    script = ("-c", dying((1, 2)), *SMALL, "--run-dir", tmp_path)
+    """The other rank does not wait for it: it would wait for a day."""
+    patient = "import datetime, train_ddp; train_ddp.TIMEOUT = datetime.timedelta(days=1)"
+    script = ("-c", patient + dying((1, 2)), *SMALL, "--run-dir", tmp_path)
     process = torchrun(*script, timeout=PATIENCE)
     assert process.returncode == 1
     assert "SIGKILL" in process.stderr
+    assert torch.load(tmp_path / "last.pt")["history"] == []
+
+
+# Rank 1 hangs in epoch 1. Rank 0 waits for it for 3 seconds only.
+HANGING = """
+import datetime, time
+import capsules, train_ddp
+train_ddp.TIMEOUT = datetime.timedelta(seconds=3)
+def margin_loss(*arguments):
+    time.sleep(100_000)
+if train_ddp.RANK == 1:
+    capsules.margin_loss = margin_loss
+train_ddp.train_single.run_main(train_ddp.main, train_ddp.LOCAL_RANK > 0, train_ddp.leave)
+"""
+
+
+def test_a_hanging_rank_ends_the_job(tmp_path):
+    process = torchrun("-c", HANGING, *SMALL, "--run-dir", tmp_path)
+    assert process.returncode == 1
     assert torch.load(tmp_path / "last.pt")["history"] == []
 
 
@@ -2476,7 +2594,6 @@ def test_a_damaged_archive_is_one_line(name, spoil, words, whole_archive, tmp_pa
     ("flags", "words"),
     [
         ((), "RUN"),
-        (("RUN", "RUN"), "has the same settings and seed as another run: leave one out"),
         (("RUN", "OTHER", "--image", "1.png"), "--image needs exactly one run"),
         (("RUN", "--device", "toaster"), "--device toaster"),
         (("RUN", "--image"), "--image"),
@@ -2497,7 +2614,8 @@ def test_a_run_that_is_not_whole_is_one_line(reported, tmp_path):
     words = "does not match metrics.csv's best epoch"
     assert_one_line(evaluated(run), words, "if the run is still training, try again")
     hint = f"evaluate.py {run}"
-    assert_one_line(evaluated(run, reported[0]), "no report of its best epoch", hint)
+    result = evaluated(run, reported[0], "--out", tmp_path / "out")
+    assert_one_line(result, "no report of its best epoch", hint)
 
 
 def test_curves_of_several_runs_over_epochs_and_time(tmp_path, monkeypatch):
