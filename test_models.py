@@ -302,6 +302,20 @@ def test_shapes_and_counts(network, parameters, flops, n, capsys):
 
 @both_networks
 @torch.no_grad()
+def test_first_weights_let_training_start(network):
+    """As capsules.py says: primary capsules have length 1, and no digit capsule exceeds m-."""
+    model = network()
+    images, _ = data.load("digits", "", "test")
+    x = data.images_to_input(images[:32], model)
+    u = model.primary(model.features(x)).norm(dim=2)
+    v = model(x).norm(dim=2)
+    assert u.min() > 0.75
+    assert 0.03 < v.mean() < 0.05
+    assert v.max() < 0.1
+
+
+@both_networks
+@torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch(network):
     model = network().eval()
     x = torch.randn(2, 1, network.side, network.side)
@@ -2023,6 +2037,24 @@ def test_an_old_copy_on_another_machine_is_one_mistake(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "backend", "device"),
+    [(1, "gloo", "cuda:0"), (2, "cpu:gloo,cuda:nccl", "cuda:1")],
+)
+def test_two_ranks_may_share_a_gpu(gpus, backend, device, monkeypatch):
+    """NCCL refuses that, gloo does not. This process is rank 1 of two on this machine."""
+    monkeypatch.setattr(train_ddp, "LOCAL_WORLD_SIZE", 2)
+    monkeypatch.setattr(train_ddp, "LOCAL_RANK", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(train_single, "find_device", torch.device)
+    init = mock.Mock()
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    train_ddp.join()
+    assert init.call_args.args == (backend,)
+    assert train_ddp.prepare_device({"device": "cuda"}) == torch.device(device)
+
+
+@pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
         ({"avx2": True, "avx512_bf16": True}, True),
@@ -2099,6 +2131,13 @@ def test_metrics_by_hand():
     assert axis.lines[0].get_label() == "digit 9: AUC 0.97222"
     assert axis.get_xlabel().startswith("false positive rate")
     assert axis.get_ylabel().startswith("true positive rate")
+    figure, _ = evaluate.draw_confusion(report)
+    evaluate.plt.close(figure)
+    (axis,) = figure.axes
+    numbers = {text.get_position(): text.get_text() for text in axis.texts}
+    assert numbers.pop((9, 4)) == "1"  # in the column of 9 and the row of 4
+    assert numbers.pop((4, 4)) == "1"
+    assert numbers == {(digit, digit): "2" for digit in range(10) if digit != 4}
 
 
 def test_the_worst_mistake_comes_first():
@@ -2108,6 +2147,22 @@ def test_the_worst_mistake_comes_first():
     lengths[1, 5] = 0.9  # by 0.8
     lengths[2, 2] = 0.9  # right
     assert evaluate.worst_mistakes(lengths, labels).tolist() == [1, 0]
+    figure, _ = evaluate.draw_mistakes(lengths, labels, np.zeros((3, 28, 28)))
+    evaluate.plt.close(figure)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["1 → 5\n0.10 → 0.90", "0 → 5\n0.10 → 0.20"]
+
+
+def test_curves_of_training_and_validation():
+    row = {"train_loss": 0.2, "train_accuracy": 90.0, "val_loss": 0.1, "val_accuracy": 95.0}
+    best = row | {"epoch": 1}
+    run = {"history": [row], "best": best, "config": {"reconstruction": 0.0}}
+    figure, _ = evaluate.draw_curves(run)
+    evaluate.plt.close(figure)
+    for axis, values in zip(figure.axes, ([0.2, 0.1], [0.9, 0.95]), strict=True):
+        training, validation, _ = axis.lines
+        assert [training.get_ydata()[0], validation.get_ydata()[0]] == pytest.approx(values)
+        assert (training.get_label(), validation.get_label()) == ("training", "validation")
 
 
 def test_wilson_interval_has_some_width_even_if_every_answer_is_right():
@@ -2134,6 +2189,14 @@ def test_maps_and_histograms_of_couplings_by_hand():
     assert to_true[170:190].sum() == 0.625  # one of 160 couplings, near 0.9
     assert to_true.sum() == 100
     assert to_others[10:30].sum() == 100  # all near 0.1
+    figure, _ = evaluate.draw_coupling_histograms(summary)
+    evaluate.plt.close(figure)
+    (axis,) = figure.axes
+    for drawn, name, values in zip(
+        axis.patches, ("true digit", "nine others"), (to_true, to_others), strict=True
+    ):
+        assert drawn.get_label() == f"to the {name}"
+        np.testing.assert_array_equal(drawn.get_data().values, values)
 
 
 def test_coupling_maps_lie_where_the_capsules_look():
@@ -2841,6 +2904,18 @@ def test_an_own_digit_becomes_one_of_mnists(tmp_path):
     centre = moments / digit.sum()
     assert np.abs(centre - 13.5).max() < 1
     assert len(np.unique(digit)) > 20  # grey levels, as MNIST has them
+
+
+def test_the_kept_weights_read_own_digits(tmp_path):
+    """The first command of README's lesson 1, with a 7 and a 2."""
+    Image.fromarray(a_seven()).save(tmp_path / "7.png")
+    photograph(tmp_path / "2.png", TWO)
+    archive = HERE / "results" / "alexcaps-ddp-reconstruction"
+    files = (tmp_path / "7.png", tmp_path / "2.png")
+    printed = output_of(evaluated(archive, "--image", *files, "--out", tmp_path))
+    assert f"{files[0]}: 7, lengths" in printed
+    assert f"{files[1]}: 2, lengths" in printed
+    assert "unsure" not in printed
 
 
 def test_own_digits_may_have_any_format(tmp_path):

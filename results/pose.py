@@ -440,7 +440,7 @@ def draw_knobs(drawn: dict, title: str, file: Path) -> None:
     for row, (pose, form) in zip(axes, POSES.items(), strict=True):
         values, pictures = drawn[pose]
         row[0].set_ylabel(pose, fontsize=24)
-        for axis, value, picture in zip(row, values, pictures, strict=True):
+        for axis, value, picture in zip(row, values, pictures.numpy(), strict=True):
             axis.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             axis.set_title(form.format(value), fontsize=20)

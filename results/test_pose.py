@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -232,6 +233,27 @@ def test_seeds_are_pooled_with_their_intervals():
     assert gaps["turn"]["mean"] == pytest.approx(0.4)
     assert gaps["turn"]["interval"] == pytest.approx(list(theirs))
     assert "0.40" not in pose.short_table(found)  # trained for longer: not comparable
+
+
+def test_the_kept_weights_are_probed_and_drawn(tmp_path, monkeypatch, capsys):
+    """README's exercise 12, but with the small digits. Not many 9s are recognised."""
+    monkeypatch.setattr(pose, "COMPONENTS", 4)
+    draw = mock.Mock(side_effect=pose.draw_knobs)
+    monkeypatch.setattr(pose, "draw_knobs", draw)
+    monkeypatch.setattr(pose, "load", lambda *_: data.load("digits", "", "train"))
+    monkeypatch.setattr(pose, "MODELS", dict(pose.MODELS))
+    run = HERE / "alexcaps-ddp-reconstruction"
+    arguments = ["pose.py", str(run), "--digit", "7", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    pose.main()
+    assert "direction (16)" in capsys.readouterr().out
+    no_network, probed = json.loads((tmp_path / "pose.json").read_text())["networks"]
+    assert list(no_network["r2"]) == [pose.PIXELS]
+    assert probed["r2"][pose.DIRECTION]["slant"]["mean"] > 0.5
+    drawn, title, file = draw.call_args.args
+    assert "the mean capsule of a 7" in title
+    assert drawn["turn"][1].shape == (7, 28, 28)
+    assert file.exists()
 
 
 @pytest.mark.parametrize(
