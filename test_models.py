@@ -4,9 +4,13 @@
     python -m pytest -q test_models.py -k equation   a few of them
 
 Read the first two parts, down to "Helpers for real processes": they show how to check
-a formula. Each formula is compared with a reference in float64, written as plain loops.
+a formula. Most formulas are compared with a reference in float64, written as plain loops.
 The later tests run the scripts as a user does, also under torchrun, on scikit-learn's
 digits. They need no internet.
+
+pytest calls every function whose name begins with test_. With `parametrize`, it does so
+once for each value. A fixture is a function whose result a test gets as an argument of
+that name; one with autouse=True runs before every test.
 """
 
 import contextlib
@@ -63,10 +67,6 @@ from rescaps import ResCapsNet
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # use the CPU, whatever the machine has
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
-ALEX = ("--model", "alexcaps", "--dataset", "digits")
-SMALL = (*ALEX, "--train-size", 96, "--batch-size", 16)  # 6 steps an epoch
-CLOSED_PORT = "http://127.0.0.1:9"
-OFFLINE = {"http_proxy": CLOSED_PORT, "https_proxy": CLOSED_PORT, "no_proxy": ""}
 both_networks = pytest.mark.parametrize("network", [AlexCapsNet, ResCapsNet])
 
 
@@ -108,8 +108,13 @@ def routing_reference(votes, iterations):
     return v, history
 
 
+def assert_equals_list(found, expected):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_squash_equals_equation_1():
-    sizes = torch.logspace(-3, 3, 5, dtype=torch.float64)
+    sizes = torch.logspace(-3, 3, 5, dtype=torch.float64)  # vectors of very different lengths
     s = torch.randn(5, 7, dtype=torch.float64) * sizes.unsqueeze(1)
     assert_equals_list(capsules.squash(s), [squash_reference(row) for row in s.tolist()])
 
@@ -136,11 +141,6 @@ def test_routing_equals_procedure_1(iterations):
             assert_equals_list(c[image], expected)
 
 
-def assert_equals_list(found, expected):
-    expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
 def test_margin_loss_equals_equation_4():
     lengths = torch.rand(6, 10, dtype=torch.float64)
     labels = torch.arange(6)
@@ -156,6 +156,10 @@ def test_margin_loss_equals_equation_4():
 
 
 def test_gradients_equal_finite_differences():
+    """gradcheck compares backward's gradients with (f(x + eps) - f(x - eps)) / (2 eps).
+
+    float32 would be too coarse for such small differences.
+    """
     small = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 2])
     assert torch.autograd.gradcheck(lambda votes: capsules.dynamic_routing(votes)[0], small)
@@ -165,6 +169,7 @@ def test_gradients_equal_finite_differences():
     layer = capsules.DigitCapsules(N=6, I=4, J=3, D=5).double()
     u = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
 
+    # gradcheck changes only a function's arguments, so the weight must be one of them.
     def forward(u, weight):
         return torch.func.functional_call(layer, {"weight": weight}, (u,))
 
@@ -172,6 +177,7 @@ def test_gradients_equal_finite_differences():
 
 
 def test_votes_are_each_capsules_own_matrix_product():
+    """With one iteration there is no routing: s is the sum of the votes, divided by J."""
     B, N, I, J, D = 2, 6, 4, 3, 5
     layer = capsules.DigitCapsules(N, I, J, D, iterations=1).double()
     u = torch.randn(B, N, I, dtype=torch.float64)
@@ -194,7 +200,8 @@ def test_a_primary_capsule_comes_from_one_place():
     layer = capsules.PrimaryCapsules(2, types=3, I=4, kernel_size=1)
     x = torch.randn(1, 2, 5, 5)
     changed = x.clone()
-    # At place 1 * 5 + 2 = 7, the three capsules must change. All others must not.
+    # At place 1 * 5 + 2 = 7, the three capsules must change: 7 * 3 + type = 21, 22 and 23.
+    # All others must not.
     changed[0, :, 1, 2] += 1
     different = (layer(x) != layer(changed)).any(dim=2).squeeze(0)  # [N]
     assert different.nonzero().flatten().tolist() == [21, 22, 23]
@@ -224,7 +231,8 @@ def decoder_reference(capsule, digit, layers, J=10):
 def mean_of_windows(picture, side=28):
     """A picture [S, S] -> its 784 pixels at 28x28, row by row.
 
-    Each pixel is the mean of the window that it covers.
+    Each pixel is the mean of the window that it covers. If S / 28 is not a whole number,
+    windows overlap: each one contains every pixel that it touches.
     """
     S = len(picture)
     pixels = []
@@ -280,6 +288,11 @@ def test_a_decoder_leaves_the_rest_of_the_network_as_it_is(network):
 # -- The two networks ------------------------------------------------------------------------------
 
 
+# A multiply-add counts as 2 FLOPs. The multiply-adds of AlexCapsNet are
+#     25 * 1 * 64 * 28**2 + 25 * 64 * 192 * 13**2 + 9 * 192 * 384 * 6**2 + 9 * 384 * 256 * 6**2
+#     + 9 * 256 * 256 * 6**2 + 256 * 256 * 2**2      the six convolutions
+#     + 128 * 8 * 160                                the votes
+#     + 2 * 10 * 128 * 16                            couplings times votes, in iterations 2 and 3
 @pytest.mark.parametrize(
     ("network", "parameters", "flops", "n"),
     [
@@ -358,6 +371,10 @@ def test_routing_leaves_half_precision():
 
 
 PATIENCE = 1200  # seconds after which a process counts as hung, also on a very busy machine
+ALEX = ("--model", "alexcaps", "--dataset", "digits")
+SMALL = (*ALEX, "--train-size", 96, "--batch-size", 16)  # 6 steps an epoch
+CLOSED_PORT = "http://127.0.0.1:9"
+OFFLINE = {"http_proxy": CLOSED_PORT, "https_proxy": CLOSED_PORT, "no_proxy": ""}
 STARTED = []  # the processes that tests have started in the background
 
 

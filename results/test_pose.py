@@ -14,6 +14,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from torch import nn
 
+# This comes first: importing test_models hides GPUs from the scripts.
+from test_models import reproducible  # noqa: F401 - a fixture that every test here uses
+
+# isort: split
 import data
 from alexcaps import AlexCapsNet
 from results import pose
