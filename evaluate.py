@@ -46,7 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_single
 from data import VALIDATION_SIZE, UserError, images_to_input, load
-from train_single import MODELS, csv_text, progress, shell_path, write_file
+from train_single import MODELS, progress, shell_path, write_csv, write_file
 
 BATCH = 250  # images at a time
 ANGLES = range(-90, 91, 15)  # degrees, for rotation.png
@@ -1200,8 +1200,7 @@ def compare(runs: list[dict], out: Path) -> None:
     print(text)
     write_file(out / "comparison.md", text.encode())
     columns = [name for name in rows[0] if name not in ("runs", "values")]
-    table = csv_text(columns, rows)
-    write_file(out / "comparison.csv", table.encode())
+    write_csv(out / "comparison.csv", columns, rows)
     save_comparison(rows, out / "comparison.png")
 
 

@@ -9,8 +9,8 @@ The later tests run the scripts as a user does, also under torchrun, on scikit-l
 digits. They need no internet.
 
 pytest calls every function whose name begins with test_. With `parametrize`, it does so
-once for each value. A fixture is a function whose result a test gets as an argument of
-that name; one with autouse=True runs before every test.
+once for each value. A fixture is a function: if a test has an argument of its name, pytest
+calls it and passes its result. A fixture with autouse=True runs before every test.
 """
 
 import contextlib
@@ -177,7 +177,6 @@ def test_gradients_equal_finite_differences():
 
 
 def test_votes_are_each_capsules_own_matrix_product():
-    """With one iteration there is no routing: s is the sum of the votes, divided by J."""
     B, N, I, J, D = 2, 6, 4, 3, 5
     layer = capsules.DigitCapsules(N, I, J, D, iterations=1).double()
     u = torch.randn(B, N, I, dtype=torch.float64)
@@ -288,15 +287,23 @@ def test_a_decoder_leaves_the_rest_of_the_network_as_it_is(network):
 # -- The two networks ------------------------------------------------------------------------------
 
 
-# A multiply-add counts as 2 FLOPs. The multiply-adds of AlexCapsNet are
-#     25 * 1 * 64 * 28**2 + 25 * 64 * 192 * 13**2 + 9 * 192 * 384 * 6**2 + 9 * 384 * 256 * 6**2
-#     + 9 * 256 * 256 * 6**2 + 256 * 256 * 2**2      the six convolutions
-#     + 128 * 8 * 160                                the votes
-#     + 2 * 10 * 128 * 16                            couplings times votes, in iterations 2 and 3
+# A multiply-add counts as 2 FLOPs.
+ALEXCAPS_MULTIPLY_ADDS = (
+    5 * 5 * 1 * 64 * 28**2  # convolutions
+    + 5 * 5 * 64 * 192 * 13**2
+    + 3 * 3 * 192 * 384 * 6**2
+    + 3 * 3 * 384 * 256 * 6**2
+    + 3 * 3 * 256 * 256 * 6**2
+    + 256 * 256 * 2**2
+    + 128 * 8 * 160  # votes
+    + 2 * 10 * 128 * 16  # couplings times votes, in iterations 2 and 3
+)
+
+
 @pytest.mark.parametrize(
     ("network", "parameters", "flops", "n"),
     [
-        (AlexCapsNet, 2_677_696, 261_220_352, 128),
+        (AlexCapsNet, 2_677_696, 2 * ALEXCAPS_MULTIPLY_ADDS, 128),
         (ResCapsNet, 2_022_240, 435_200_256, 1296),
     ],
 )
@@ -316,14 +323,14 @@ def test_shapes_and_counts(network, parameters, flops, n, capsys):
 @both_networks
 @torch.no_grad()
 def test_first_weights_let_training_start(network):
-    """As capsules.py says: primary capsules have length 1, and no digit capsule exceeds m-."""
+    """Primary capsules have lengths near 1. Digit capsules are below the margin m- = 0.1."""
     model = network()
     images, _ = data.load("digits", "", "test")
     x = data.images_to_input(images[:32], model)
     u = model.primary(model.features(x)).norm(dim=2)
     v = model(x).norm(dim=2)
     assert u.min() > 0.75
-    assert 0.03 < v.mean() < 0.05
+    assert 0.03 < v.mean() < 0.05  # with three seeds it was 0.032 to 0.043
     assert v.max() < 0.1
 
 
@@ -612,8 +619,8 @@ def test_order_angles_and_shifts_depend_on_seed_and_epoch(monkeypatch):
         settings = {"dataset": "digits", "train_size": 24, "batch_size": 24, "shift": 2.0}
         run = new_run(model="alexcaps", seed=seed, **settings)
         run.history = epochs_done * [{}]
-        train_set, _ = train_single.make_datasets(run.config, CPU)
         for train in (train_single.train_one_epoch, epoch_of_ddp):
+            train_set, _ = train_single.make_datasets(run.config, CPU)
             train(run, train_set)
             draws = torch.cat([train_set.degrees.unsqueeze(1), train_set.shifts], dim=1)
             drawn.append(tuple(draws.flatten().tolist()))
@@ -999,9 +1006,9 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch)
     done = []
     real = os.fsync
 
-    def fsync(number):
-        done.append((file.read_bytes(), os.fstat(number).st_size))
-        real(number)
+    def fsync(descriptor):
+        done.append((file.read_bytes(), os.fstat(descriptor).st_size))
+        real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     train_single.write_file(file, b"newer")
@@ -1211,16 +1218,17 @@ def test_a_run_does_not_write_into_a_new_run_of_its_name(tmp_path, monkeypatch):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_disks_without_locks_are_refused_in_one_line(number, tmp_path, monkeypatch):
-    """(With ENOSYS, filelock would otherwise use a marker file, which kill -9 leaves behind.)"""
+@pytest.mark.parametrize("error_number", [errno.ENOLCK, errno.ENOSYS])
+def test_disks_without_locks_are_refused_in_one_line(error_number, tmp_path, monkeypatch):
+    """After ENOSYS, filelock would use a marker file if it might. kill -9 leaves it behind."""
+    reason = os.strerror(error_number)
 
     def refuse(*_):
-        raise OSError(number, os.strerror(number))
+        raise OSError(error_number, reason)
 
     monkeypatch.setattr("fcntl.flock", refuse)
     result = single(*SMALL, "--run-dir", tmp_path / "run")
-    assert_one_line(result, "cannot be locked", os.strerror(number), "another disk")
+    assert_one_line(result, "cannot be locked", reason, "another disk")
 
 
 # Each wrapper breaks a script from outside: the scripts have no hooks for tests.
@@ -1383,7 +1391,7 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize("train", [train_single.train_one_epoch, epoch_of_ddp])
 def test_batchnorm_learns_in_every_epoch(train):
-    """Validation makes it use its running statistics. The next epoch must change that."""
+    """Validation switches it to its running statistics. The next epoch must switch it back."""
     run = new_run(model="rescaps", dataset="digits", train_size=4, batch_size=4)
     train_set, validation_set = train_single.make_datasets(run.config, CPU)
     norms = [m for m in run.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -1396,13 +1404,12 @@ def test_batchnorm_learns_in_every_epoch(train):
         assert torch.equal(norms[0].running_mean, trained)
 
 
-# (number of a call of the loss, its value, the part of epoch 2 that makes this call): an epoch
-# has 6 training steps and 1 validation batch.
-PARTS = [(9, math.nan, "training"), (13, math.inf, "training"), (14, math.nan, "validation")]
+# In epoch 2, calls 8 to 13 of the loss are training steps, and call 14 is the validation.
+BAD_LOSSES = [(9, math.nan), (13, math.inf), (14, math.nan)]
 
 
-@pytest.mark.parametrize(("call_number", "value", "part"), PARTS)
-def test_a_loss_that_is_not_finite_stops_the_run(call_number, value, part, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("call_number", "value"), BAD_LOSSES)
+def test_a_loss_that_is_not_finite_stops_the_run(call_number, value, tmp_path, monkeypatch):
     real = capsules.margin_loss
     calls = []
 
@@ -1417,8 +1424,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(call_number, value, part, tmp_p
     result = single(*SMALL, "--epochs", 2, "--run-dir", tmp_path)
     assert_one_line(result, f"the loss is {value}", "--lr", "--precision bf16")
     assert len(torch.load(tmp_path / "last.pt")["history"]) == 1
-    if part == "training":
-        assert len(calls) < 14  # it stopped before the validation
+    assert len(calls) == max(call_number, 13)  # after bad training there is no validation
 
 
 def test_best_is_the_earliest_of_equal_epochs():
@@ -1592,7 +1598,7 @@ CASES = [
 ]
 
 
-def test_float16s_scale_is_kept_and_changes_no_step(tmp_path):
+def test_the_loss_scale_is_saved_and_changes_no_step(tmp_path):
     """On the CPU in float32, but with the scaler that float16 needs on a GPU.
 
     The scale of 1024 is doubled after each of 2 steps.
@@ -1640,7 +1646,8 @@ def test_two_ranks_equal_one_process(two_ranks):
     for case, result in zip(CASES, results, strict=True):
         parameters, trained, validated, without_exchange = result
         network, accumulation, _, images, reconstruction = case
-        assert without_exchange == accumulation - 1, case  # batches: one group has several
+        # At most one group has more than one batch.
+        assert without_exchange == accumulation - 1, case
         run, train_set = digits_run(network, 1, 64, images, reconstruction)
         starts = [p.detach().clone() for p in run.model.parameters()]
         expected_trained = train_single.train_one_epoch(run, train_set)
@@ -1812,31 +1819,13 @@ def test_a_killed_rank_is_restarted_to_the_same_weights(name, restarted, undistu
 
 
 def test_a_dying_rank_ends_the_job(tmp_path):
-    """The other rank does not wait for it: it would wait for a day."""
+    """The other rank must not wait for the dead one. Here its time limit is a day."""
     patient = "import datetime, train_ddp; train_ddp.TIMEOUT = datetime.timedelta(days=1)"
     script = ("-c", patient + dying((1, 2)), *SMALL, "--run-dir", tmp_path)
-    process = torchrun(*script, timeout=PATIENCE)
-    assert process.returncode == 1
-    assert "SIGKILL" in process.stderr
-    assert torch.load(tmp_path / "last.pt")["history"] == []
-
-
-# Rank 1 hangs in epoch 1. Rank 0 waits for it for 3 seconds only.
-HANGING = """
-import datetime, time
-import capsules, train_ddp
-train_ddp.TIMEOUT = datetime.timedelta(seconds=3)
-def margin_loss(*arguments):
-    time.sleep(100_000)
-if train_ddp.RANK == 1:
-    capsules.margin_loss = margin_loss
-train_ddp.train_single.run_main(train_ddp.main, train_ddp.LOCAL_RANK > 0, train_ddp.leave)
-"""
-
-
-def test_a_hanging_rank_ends_the_job(tmp_path):
-    process = torchrun("-c", HANGING, *SMALL, "--run-dir", tmp_path)
-    assert process.returncode == 1
+    job = torchrun(*script, start=True)
+    _, errors = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 1
+    assert "SIGKILL" in errors
     assert torch.load(tmp_path / "last.pt")["history"] == []
 
 
@@ -1888,7 +1877,7 @@ def test_two_agents_are_two_machines(undisturbed, tmp_path):
         place = f"localhost:{free.getsockname()[1]}"
     launcher = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--no-python"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-id=two-agents"]
-    launcher += [f"--rdzv-endpoint={place}"]
+    launcher += [f"--rdzv-endpoint={place}", "--local-addr=127.0.0.1"]
     script = (sys.executable, "-c", dying((1, 6)), *TWO_RANKS, "--run-dir", tmp_path)
     command = ("-m", "torch.distributed.run", *launcher, *script)
     jobs = [run_python(*command, start=True) for _ in range(2)]
@@ -2068,6 +2057,7 @@ def test_two_ranks_may_share_a_gpu(gpus, backend, device, monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     train_ddp.join()
     assert init.call_args.args == (backend,)
+    assert init.call_args.kwargs["timeout"].total_seconds() == 600
     assert train_ddp.prepare_device({"device": "cuda"}) == torch.device(device)
 
 
@@ -2138,8 +2128,8 @@ def test_metrics_by_hand():
     # Of 2 * 18 pairs (a 9, another digit), 34 are in the right order and 2 are ties.
     assert report["auc"][9] == pytest.approx(35 / 36, abs=1e-6)
     assert report["auc"][4] == 1
-    # The worst curve is that of 9: no threshold finds a 9 without the 4, one of 18 others. A
-    # straight line leads there.
+    # The worst curve is that of 9: every threshold that finds the 9s also takes the 4, one of
+    # 18 other digits, for a 9. So it is a straight line from (0, 0) to (1/18, 1).
     figure, _ = evaluate.draw_roc(report, lengths, labels)
     evaluate.plt.close(figure)
     (axis,) = figure.axes
@@ -2209,11 +2199,11 @@ def test_maps_and_histograms_of_couplings_by_hand():
     figure, _ = evaluate.draw_coupling_histograms(summary)
     evaluate.plt.close(figure)
     (axis,) = figure.axes
-    for drawn, name, values in zip(
-        axis.patches, ("true digit", "nine others"), (to_true, to_others), strict=True
-    ):
-        assert drawn.get_label() == f"to the {name}"
-        np.testing.assert_array_equal(drawn.get_data().values, values)
+    true_drawn, others_drawn = axis.patches
+    assert true_drawn.get_label() == "to the true digit"
+    assert others_drawn.get_label() == "to the nine others"
+    np.testing.assert_array_equal(true_drawn.get_data().values, to_true)
+    np.testing.assert_array_equal(others_drawn.get_data().values, to_others)
 
 
 def test_coupling_maps_lie_where_the_capsules_look():

@@ -285,8 +285,7 @@ class Run:
 
     def save_for_people(self) -> None:
         """Write metrics.csv and config.json. Training reads neither."""
-        table = csv_text(COLUMNS, self.history)
-        write_file(self.folder / "metrics.csv", table.encode())
+        write_csv(self.folder / "metrics.csv", COLUMNS, self.history)
         settings = json.dumps(self.config, indent=2) + "\n"
         write_file(self.folder / "config.json", settings.encode())
 
@@ -609,13 +608,13 @@ def write_file(path: Path, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def csv_text(columns: Sequence[str], rows: list[dict]) -> str:
-    """A table in CSV: a heading, then a line for each row. Other keys are left out."""
+def write_csv(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
+    """Write a line for each row. Keys of a row that are not columns are left out."""
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return table.getvalue()
+    write_file(path, table.getvalue().encode())
 
 
 def load_checkpoint(file: Path) -> dict:

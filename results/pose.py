@@ -399,10 +399,11 @@ def turn_knobs(model, images: Tensor, digit: int) -> dict:
     labels = torch.full([len(images)], digit)
     views = make_views(images)
     looks = [look(model, images, labels, view) for view in views]
-    features, used = looks[0]  # of the digits as written
-    centre = features[CAPSULE][used].mean(dim=0)  # the mean capsule: [D]
+    features_as_written, used_as_written = looks[0]
+    centre = features_as_written[CAPSULE][used_as_written].mean(dim=0)  # the mean capsule: [D]
     drawn = {}
-    for view, (features, used) in zip(views, looks, strict=True):
+    for view, seen in zip(views, looks, strict=True):
+        features, used = seen
         capsules = features[CAPSULE][used]  # [n, D]
         poses = torch.stack(list(view.poses.values()), dim=1)[used].float()  # [n, p]
         # Regression of the capsule on all poses of the view at once: a slope says how

@@ -55,7 +55,7 @@ STUDENT_REPORT = {
     "rescaps-single": (98.70, 20),
     "rescaps-ddp": (97.86, 10),
 }
-DEVICES = {"single": "one device", "ddp": "several (DDP)"}  # of the two training scripts
+TRAINED_ON = {"single": "one device", "ddp": "several (DDP)"}
 DECODER = "alexcaps-ddp-reconstruction"  # the run whose weights are kept
 # The accuracies in the ablation's tables, and the number of images behind each
 ACCURACIES = {
@@ -123,7 +123,7 @@ def headline(kept: dict[str, dict]) -> str:
         network, script = setup.split("-")
         row = {
             "network": MODELS[network].__name__,
-            "trained on": DEVICES[script],
+            "trained on": TRAINED_ON[script],
             "the report, %": f"{accuracy:.2f}",
             "report's epochs": epochs,
             "**ours, %**": "",
@@ -541,6 +541,7 @@ def main() -> None:
         if target in new:
             raise UserError("two of these runs have the same name: keep one of them")
         new[target] = run
+    # This is only a check: UserError if runs of one name differ.
     rows_by_name(read_kept(HERE) | read_kept(HERE / "ablation") | new)
     for target, run in new.items():
         keep(run, target)

@@ -240,7 +240,9 @@ def test_seeds_are_pooled_with_their_intervals():
 
 
 def test_the_kept_weights_are_probed_and_drawn(tmp_path, monkeypatch, capsys):
-    """README's exercise 12, but with the small digits. Not many 9s are recognised."""
+    """README's exercise 12, but with the small digits."""
+    # A class needs 2 * COMPONENTS recognised digits, and few of the small 9s are recognised.
+    # (So the probes see only 4 principal components here.)
     monkeypatch.setattr(pose, "COMPONENTS", 4)
     draw = mock.Mock(side_effect=pose.draw_knobs)
     monkeypatch.setattr(pose, "draw_knobs", draw)
