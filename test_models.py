@@ -1,4 +1,4 @@
-"""Tests of the course files, in 3 to 7 minutes on 2 CPU cores:
+"""Tests of the course files, in 3 to 8 minutes on 2 CPU cores:
 
     python -m pytest -q                              these tests and those of results/
     python -m pytest -q test_models.py -k equation   a few of them
