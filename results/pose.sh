@@ -26,11 +26,11 @@ done
 # Networks of 20 epochs are probed, too, if they are there. They were trained with
 #     torchrun --nproc_per_node=2 train_ddp.py --model alexcaps --reconstruction 20 --seed 1 \
 #         --run-dir runs/alexcaps-ddp-reconstruction-seed1
-# then with seed 2, and with --reconstruction 0.392 as ...-paper. Seed 0 has its weights in
-# results/. It comes last, so that it draws knobs.png.
-long=()
-for name in seed1 seed2 paper; do
+# then with seed 2, with --reconstruction 0.392 as ...-paper, and with --shift 2 as ...-shift.
+# Seed 0 has its weights in results/. The last network draws knobs.png.
+long=(results/alexcaps-ddp-reconstruction)
+for name in seed1 seed2 paper shift; do
     run=runs/alexcaps-ddp-reconstruction-$name
     [ -e "$run/best.pt" ] && long+=("$run")
 done
-python -m results.pose runs/pose/* "${long[@]}" results/alexcaps-ddp-reconstruction --out results
+python -m results.pose runs/pose/* "${long[@]}" --out results
