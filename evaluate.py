@@ -456,7 +456,7 @@ plt.rcParams["figure.constrained_layout.use"] = True
 
 def save(figure, text: str, file: Path) -> None:
     """Give the figure its title and write it: a whole picture, or none."""
-    figure.suptitle(text)
+    figure.suptitle(text, wrap=True)  # long descriptions take several lines
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)  # pixels per inch
     plt.close(figure)  # pyplot would keep it

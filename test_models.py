@@ -2421,6 +2421,15 @@ def test_pictures_fit_a_slide(reported, with_decoder, evaluated_rescaps):
             assert np.asarray(picture.convert("L")).std() > 5, f"{file} is blank"
 
 
+def test_a_long_title_is_wrapped(tmp_path):
+    figure = evaluate.plt.figure(figsize=(4, 4))
+    evaluate.save(figure, 20 * "settings ", tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.min() < 100
+    assert pixels[:, [0, 1, 2, -3, -2, -1]].min() == 255  # nothing reaches the edges
+
+
 def test_a_plain_network_is_a_dashed_line(reported):
     report = json.loads((reported[0] / "report.json").read_text())
     accuracies = [50.0] * len(evaluate.ANGLES)
